@@ -1,0 +1,755 @@
+"""
+Learning to grok modular arithmetic in context: a single-file reproduction of
+
+    He, Doshi, Das, Gromov. Learning to grok: Emergence of in-context learning and skill
+    composition in modular arithmetic tasks. NeurIPS 2024, https://arxiv.org/abs/2406.02550
+
+A task is a vector (a, b) of residues mod a prime p. It maps an input (x, y) to z = a x + b y mod p.
+The transformer reads worked examples of one task, three tokens each, and never sees (a, b):
+
+    x1 y1 z1  x2 y2 z2  ...  xk yk zk          scored on the z tokens alone
+
+With few pre-training tasks it memorizes them. With many it learns to infer a task it has never
+trained on from the examples in front of it: in-context learning, out of distribution (o.o.d.).
+
+    python grok_icl.py --preset laptop           minutes on two CPU cores
+    python grok_icl.py --depth 2 --tasks 512     the paper's scale; wants a GPU
+
+The file reads from top to bottom:
+
+    1. Config        every hyperparameter, with the paper's value
+    2. Data          tasks, splits, balanced batches
+    3. Model         attention, rotary embedding, MLP, GPT
+    4. Evaluation    four sets, every shot, two exact oracles
+    5. Training      optimizer, schedule, early stopping, checkpoints, the loop
+    6. Report, main
+"""
+import argparse
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# -------------------------------------------------------------------------------------------------
+# 1. Config
+# -------------------------------------------------------------------------------------------------
+
+def option(default, group, help, choices=None):
+    """A dataclass field that also knows its section of --help and the values it accepts."""
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """One run. The defaults are the paper's; each field is a command-line flag of the same name."""
+    # what is learned (paper, section 2)
+    p: int = option(29, "task", "prime modulus; its residues are the whole vocabulary")
+    tasks: int = option(512, "task", "pre-training tasks (a, b), out of p*p")
+    alpha: float = option(0.8, "task", "fraction of the p*p inputs (x, y) that is trained on")
+    examples: int = option(32, "task", "examples in a sequence, three tokens each")
+    task_choice: str = option("rectangular", "task", "how the pre-training tasks are drawn",
+                              ["rectangular", "random"])
+    # the transformer
+    depth: int = option(2, "model", "transformer blocks; the paper has 2, 4 and 6")
+    heads: int = option(4, "model", "attention heads a block")
+    embd: int = option(512, "model", "width of the residual stream; the MLP is 4 times as wide")
+    init_std: float = option(0.02, "model", "standard deviation of the initial weights")
+    # how it is trained
+    optimizer: str = option("adamw", "training", "what updates the weight matrices",
+                            ["adamw", "muon"])
+    lr: float = option(1.5e-4, "training", "peak learning rate (paper: 1e-4 for random tasks)")
+    wd: float = option(2.0, "training", "weight decay of matrices and embedding")
+    batch: int = option(1024, "training", "sequences a step, rounded up to a multiple of --tasks")
+    steps: int = option(200_000, "training", "training steps; the cosine schedule ends here")
+    warmup: int = option(10_000, "training", "steps of linear warm-up")
+    seed: int = option(0, "training", "seed of the split, the initial weights and the batches")
+    # what does not change the numbers
+    eval_every: int = option(1000, "run", "steps between evaluations")
+    patience: int = option(20, "run", "evaluations without a new best before stopping; 0: never")
+    out: str = option("", "run", "folder of the run; by default out/ and the flags")
+    resume: bool = option(False, "run", "continue the run in --out; its flags need no repeating")
+    device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
+    amp: str = option("auto", "run", "autocast; auto: bf16 on a GPU that has it, else fp16; off on CPU",
+                      ["auto", "bf16", "fp16", "off"])
+    compile: str = option("auto", "run", "torch.compile; auto: on a GPU", ["auto", "on", "off"])
+
+
+# A preset replaces defaults; a flag on the command line replaces the preset's value.
+PRESETS = {
+    "laptop": dict(),
+}
+
+MLP_RATIO = 4                 # MLP width / residual width
+ROPE_BASE = 10_000            # rotary embedding's slowest wave length is about 2 pi times this
+ADAM_BETAS = (0.9, 0.98)
+MUON_ADAMW_LR = 3e-3          # under --optimizer muon, AdamW's rate for embedding and LayerNorm
+EVAL_SEQUENCES = 1024         # of each set, at every evaluation
+REPORT_SEQUENCES = 4096       # of each set, in the closing report
+PHASE_THRESHOLD = 0.5         # last-shot accuracy on novel queries from which a set counts as good
+LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
+RUN_FILES = ("config.json", "metrics.csv", "best.pt", "last.pt")
+
+
+def die(message):
+    """Refuse bad input: one line on stderr, exit code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_config(argv=None):
+    """
+    The command line as a validated Config: returns (config, preset, checkpoint to resume or None).
+
+    Precedence: an explicit flag, then the resumed run, then the preset, then the paper.
+    Exits with code 2 and one line on anything that can't be run; writes nothing.
+    """
+    parser = argparse.ArgumentParser(
+        description="Train a transformer on modular arithmetic in context. [defaults] are the paper's.",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = die
+    parser.add_argument("--preset", choices=PRESETS, help="another set of defaults; " + "; ".join(
+        f"{name}: " + " ".join(f"{k} {v}" for k, v in p.items()) for name, p in PRESETS.items()))
+    sections = {}
+    for f in fields(Config):
+        group, choices = f.metadata["group"], f.metadata["choices"]
+        section = sections.setdefault(group, parser.add_argument_group(group))
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            section.add_argument(flag, action="store_true", help=text)
+        else:
+            section.add_argument(flag, type=f.type, choices=choices, help=f"{text} [{f.default}]",
+                                 metavar=None if choices else f.type.__name__.upper())
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset", None)
+    base = replace(Config(), **PRESETS.get(preset, {}))
+    cfg = replace(base, **given)
+    cfg.out = given.get("out") or default_out(cfg, base, preset)
+    if not cfg.resume:
+        validate(cfg)
+        if any(os.path.exists(os.path.join(cfg.out, name)) for name in RUN_FILES):
+            die(f"--out {cfg.out}: holds a run already; --resume continues it, another --out starts anew")
+        return cfg, preset, None
+
+    checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))
+    saved = Config(**checkpoint["config"])
+    asked = {**(PRESETS[preset] if preset else {}), **given}
+    fixed = [f.name for f in fields(Config) if f.metadata["group"] != "run"]
+    differ = [f"--{k.replace('_', '-')} {v} (saved: {getattr(saved, k)})"
+              for k, v in asked.items() if k in fixed and v != getattr(saved, k)]
+    if differ:
+        die(f"--resume: {cfg.out} was another configuration: {', '.join(differ)}")
+    cfg = replace(saved, **{k: v for k, v in asked.items() if k not in fixed}, out=cfg.out, resume=True)
+    validate(cfg)
+    return cfg, preset, checkpoint
+
+
+def validate(cfg):
+    """Exit with one line that names flag, value and what would do, unless the run can be made."""
+    def need(ok, flag, accepted):
+        if not ok:
+            die(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: {accepted}")
+
+    p, n_inputs = cfg.p, round(cfg.alpha * cfg.p ** 2) if math.isfinite(cfg.alpha) else 0
+    need(3 <= p < 1000 and all(p % d for d in range(2, math.isqrt(p) + 1)), "p",
+         "must be a prime from 3 to 997")
+    need(1 <= cfg.tasks <= p * p - 2, "tasks",
+         f"must be from 1 to {p * p - 2}: {p}*{p} tasks less one o.o.d. task each to validate and test")
+    need(cfg.task_choice == "random" or cfg.tasks % 4 == 0, "tasks",
+         "must be a multiple of 4 under --task-choice rectangular")
+    need(0 < cfg.alpha < 1 and 2 <= n_inputs <= p * p - 2, "alpha",
+         f"must lie between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
+    need(2 <= cfg.examples <= 4096, "examples", "must be from 2 to 4096")
+    need(1 <= cfg.depth <= 1000, "depth", "must be from 1 to 1000")
+    need(1 <= cfg.heads <= cfg.embd, "heads", "must be from 1 to --embd")
+    need(cfg.embd % (2 * cfg.heads) == 0 and cfg.embd <= 65536, "embd",
+         f"must be a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
+    need(0 < cfg.init_std < math.inf, "init_std", "must be a positive number")
+    need(0 < cfg.lr < math.inf, "lr", "must be a positive number")
+    need(0 <= cfg.wd < math.inf, "wd", "must be zero or a positive number")
+    need(cfg.tasks <= cfg.batch <= 10 ** 6, "batch", f"must be from --tasks ({cfg.tasks}) to 1000000")
+    need(0 <= cfg.warmup, "warmup", "must be zero or more")
+    need(cfg.warmup < cfg.steps, "steps", f"must be more than --warmup ({cfg.warmup})")
+    need(0 <= cfg.seed < 2 ** 62, "seed", "must be zero or a positive integer below 2**62")
+    need(1 <= cfg.eval_every, "eval_every", "must be at least 1")
+    need(0 <= cfg.patience, "patience", "must be zero (never stop) or more")
+    try:
+        torch.empty(1, device=pick_device(cfg))
+    except (RuntimeError, AssertionError):
+        have = ["auto", "cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        need(False, "device", f"not on this machine; there is {', '.join(have)}")
+    need(cfg.amp != "fp16" or pick_device(cfg).type == "cuda", "amp", "needs a CUDA device")
+
+
+def default_out(cfg, base, preset):
+    """out/<what makes this run different from others>, so that two settings never share a folder."""
+    always = ["depth", "tasks", "seed"]
+    names = always + [f.name for f in fields(Config) if f.metadata["group"] != "run"
+                      and f.name not in always and getattr(cfg, f.name) != getattr(base, f.name)]
+    return os.path.join("out", "-".join([preset or "paper"] + [f"{n}{getattr(cfg, n)}" for n in names]))
+
+
+def pick_device(cfg):
+    """The torch.device that --device names; auto is the first GPU, or the CPU."""
+    return torch.device(cfg.device if cfg.device != "auto" else
+                        "cuda" if torch.cuda.is_available() else "cpu")
+
+# -------------------------------------------------------------------------------------------------
+# 2. Data: tasks, splits, batches (paper, section 2)
+# -------------------------------------------------------------------------------------------------
+
+def grid(p):
+    """All p*p pairs of residues, (p*p, 2): the set of tasks (a, b), and also that of inputs (x, y)."""
+    return torch.cartesian_prod(torch.arange(p), torch.arange(p))
+
+
+def choose_rectangles(p, n, generator):
+    """
+    n pre-training tasks by the paper's rectangular rule, (n, 2).
+
+    Draw n/4 vectors (a, b); to each add (a', b), (a, b') and (a', b') with a' != a and b' != b, all
+    new. So every pre-training task shares each of its components with another one, which shows the
+    model that the two components can vary apart. Exits where no rectangle is left to draw.
+    """
+    for _ in range(100):                                     # an unlucky start may block itself
+        corners = grid(p)[torch.randperm(p * p, generator=generator)[:n // 4]]
+        free = torch.ones(p, p, dtype=torch.bool)
+        free[corners[:, 0], corners[:, 1]] = False
+        tasks = [corners]
+        for a, b in corners.tolist():
+            fits = (free[:, b, None] & free[a] & free).nonzero()     # all (a', b') that are allowed
+            if len(fits) == 0:
+                break
+            c, d = fits[torch.randint(len(fits), (1,), generator=generator)].squeeze(0).tolist()
+            tasks.append(torch.tensor([(c, b), (a, d), (c, d)]))
+            free[[c, a, c], [b, d, d]] = False
+        else:
+            return torch.cat(tasks)
+    die(f"--tasks {n}: no {n // 4} disjoint rectangles found among {p}*{p} tasks; "
+        f"take fewer, or --task-choice random")
+
+
+def make_split(cfg):
+    """
+    Who is trained on, and who only tested: a dict of (n, 2) tensors of residues.
+
+    "id" are the pre-training tasks. The others are out of distribution, in two halves: early
+    stopping looks at "val_ood", and "test_ood" is opened once, for the closing report. (The paper
+    has one o.o.d. set.) "train_inputs" and "test_inputs" split the inputs; all tasks share them.
+    """
+    generator, p = torch.Generator().manual_seed(cfg.seed), cfg.p
+    if cfg.task_choice == "rectangular":
+        tasks = choose_rectangles(p, cfg.tasks, generator)
+    else:
+        tasks = grid(p)[torch.randperm(p * p, generator=generator)[:cfg.tasks]]
+    is_id = torch.zeros(p, p, dtype=torch.bool)
+    is_id[tasks[:, 0], tasks[:, 1]] = True
+    ood = (~is_id).nonzero()
+    ood = ood[torch.randperm(len(ood), generator=generator)]
+    inputs = grid(p)[torch.randperm(p * p, generator=generator)]
+    n_train, n_val = round(cfg.alpha * p * p), len(ood) // 2
+    return {"id": tasks, "val_ood": ood[:n_val], "test_ood": ood[n_val:],
+            "train_inputs": inputs[:n_train], "test_inputs": inputs[n_train:]}
+
+
+def to_tokens(tasks, inputs, p):
+    """Tasks (B, 2) and inputs (B, k, 2), both residues -> token sequences x y z x y z ... (B, 3k)."""
+    z = (tasks[:, None] * inputs).sum(-1, keepdim=True) % p                          # (B, k, 1)
+    return torch.cat((inputs, z), dim=-1).flatten(1)                                 # (B, 3k)
+
+
+def training_batch(tasks, inputs, per_task, k, p, generator):
+    """
+    A balanced batch: per_task sequences of each of n tasks, (n * per_task, 3k) tokens.
+
+    The paper shows all tasks the same inputs at the same shot: sequences differ in their task alone,
+    so what tells them apart is the z tokens. Inputs are drawn with replacement.
+    """
+    draw = torch.randint(len(inputs), (per_task, k), generator=generator, device=inputs.device)
+    shared = inputs[draw].repeat(len(tasks), 1, 1)                             # (n * per_task, k, 2)
+    return to_tokens(tasks.repeat_interleave(per_task, 0), shared, p)
+
+
+def eval_sequences(split, ood, n, k, p, seed):
+    """
+    The four sets of the paper as fixed token sequences: {name: (n, 3k)}.
+
+    ood is "val_ood" or "test_ood". Each sequence has inputs of its own; a test sequence has test
+    inputs alone, its examples included. Always the same for the same split and seed.
+    """
+    sets, generator = {}, torch.Generator().manual_seed(seed)
+    for kind in ("id", ood):
+        for side in ("train", "test"):
+            tasks, inputs = split[kind], split[f"{side}_inputs"]
+            draw = torch.randint(len(inputs), (n, k), generator=generator)
+            sets[f"{kind}_{side}"] = to_tokens(tasks[torch.arange(n) % len(tasks)], inputs[draw], p)
+    return sets
+
+# -------------------------------------------------------------------------------------------------
+# 3. Model: a decoder-only transformer, pre-LayerNorm, no biases in the matrices
+# -------------------------------------------------------------------------------------------------
+
+def rotary_tables(length, width):
+    """cos and sin of position * frequency, each (length, width / 2): half a head's width rotates."""
+    frequencies = ROPE_BASE ** (-torch.arange(0, width, 2) / width)
+    angles = torch.outer(torch.arange(length), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """
+    Rotary embedding: turn each pair (u, v) of x (..., T, D) by its position's angle.
+
+    The score of a rotated query and a rotated key depends on their distance alone.
+    """
+    u, v = x.chunk(2, dim=-1)
+    return torch.cat((u * cos - v * sin, u * sin + v * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention. `at` picks the positions that ask; all positions answer."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads = cfg.heads
+        self.query, self.key, self.value, self.out = (
+            nn.Linear(cfg.embd, cfg.embd, bias=False) for _ in range(4))
+
+    def forward(self, x, rotary, mask, at, note):
+        def split(t):
+            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)                 # (B, H, T, D)
+        cos, sin = rotary
+        q = rotate(split(self.query(x[:, at])), cos[at], sin[at])                    # (B, H, Q, D)
+        k = rotate(split(self.key(x)), cos, sin)                                     # (B, H, T, D)
+        v = split(self.value(x))                                                     # (B, H, T, D)
+        scores = q @ k.mT / math.sqrt(q.size(-1))                                    # (B, H, Q, T)
+        weights = scores.masked_fill(mask[at], -math.inf).softmax(dim=-1)
+        heads = weights @ v                                                          # (B, H, Q, D)
+        note("attention", weights)
+        note("heads", heads)
+        return self.out(heads.transpose(1, 2).flatten(2))                            # (B, Q, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.up = nn.Linear(cfg.embd, MLP_RATIO * cfg.embd, bias=False)
+        self.down = nn.Linear(MLP_RATIO * cfg.embd, cfg.embd, bias=False)
+
+    def forward(self, x, note):
+        neurons = F.relu(self.up(x))                                                 # (B, Q, 4C)
+        note("neurons", neurons)
+        return self.down(neurons)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(cfg.embd), Attention(cfg)
+        self.norm2, self.mlp = nn.LayerNorm(cfg.embd), MLP(cfg)
+
+    def forward(self, x, rotary, mask, at, note):
+        x = x[:, at] + self.attention(self.norm1(x), rotary, mask, at, note)         # (B, Q, C)
+        x = x + self.mlp(self.norm2(x), note)
+        note("residual", x)
+        return x
+
+
+class GPT(nn.Module):
+    """The paper's transformer, on sequences x y z x y z ... of at most cfg.examples examples."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.embedding = nn.Embedding(cfg.p, cfg.embd)       # its transpose reads out the logits
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.norm = nn.LayerNorm(cfg.embd)
+        length = 3 * cfg.examples
+        cos, sin = rotary_tables(length, cfg.embd // cfg.heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("future", torch.ones(length, length).triu(1).bool(), persistent=False)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                # the residual stream sums 2 * depth outputs; the paper scales down those of the MLPs
+                shrink = math.sqrt(2 * cfg.depth) if name.endswith("mlp.down.weight") else 1
+                nn.init.normal_(weight, std=cfg.init_std / shrink)
+
+    def forward(self, tokens, record=None, everywhere=False):
+        """
+        Logits of each z from the tokens before it: tokens (B, T) -> (B, k, p).
+
+        A z is predicted at the y before it, positions 1, 4, 7, ... No other output is scored, so the
+        last block asks at those alone (its keys and values come from everywhere): the same logits
+        for 28% fewer operations at depth 2. everywhere=True computes all positions, (B, T, p).
+
+        A dict passed as record is filled, block by block, with "0.attention" (B, H, Q, T),
+        "0.heads" (B, H, Q, D), "0.neurons" (B, Q, 4C) and "0.residual" (B, Q, C), and "embedding".
+        """
+        T = tokens.size(1)
+        rotary, mask = (self.cos[:T], self.sin[:T]), self.future[:T, :T]
+        x = self.embedding(tokens)                                                   # (B, T, C)
+        if record is not None:
+            record["embedding"] = x
+        for i, block in enumerate(self.blocks):
+            last = i == len(self.blocks) - 1
+            at = slice(1, None, 3) if last and not everywhere else slice(None)
+            x = block(x, rotary, mask, at, partial(keep, record, i))
+        return self.norm(x) @ self.embedding.weight.T                                # (B, k, p)
+
+
+def keep(record, block, name, value):
+    if record is not None:
+        record[f"{block}.{name}"] = value
+
+# -------------------------------------------------------------------------------------------------
+# 4. Evaluation: accuracy at every shot, novel queries apart, beside two exact oracles
+# -------------------------------------------------------------------------------------------------
+
+def novel_queries(tokens):
+    """Which queries are no copy of an earlier example's input: (B, 3k) -> bool (B, k)."""
+    xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
+    same = (xy[:, :, None] == xy[:, None, :]).all(-1)                                # (B, k, k)
+    return ~same.tril(-1).any(-1)
+
+
+def solvable(tokens, p):
+    """
+    What the examples before each query determine, exactly: two bool tensors (B, k).
+
+    Ratio Matching answers (x, y) = c (x_i, y_i) with c z_i: it needs an earlier example other than
+    (0, 0) on the query's line through the origin. (Any example at all will do for the query (0, 0).)
+    Modular Regression combines examples: it needs the query in the span of the earlier inputs, that
+    is such a line, or two earlier examples on different lines.
+    """
+    xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
+    x, y = xy.unbind(-1)
+    cross = (x[:, :, None] * y[:, None, :] - y[:, :, None] * x[:, None, :]) % p      # (B, k, k)
+    origin = (xy == 0).all(-1)
+    parallel = (cross == 0) & (~origin[:, None, :] | origin[:, :, None])
+    ratio = parallel.tril(-1).any(-1)
+    plane = (cross != 0).tril(-1).any(-1).cummax(dim=1).values    # two lines by shot t, t included
+    two_lines = torch.cat((torch.zeros_like(plane[:, :1]), plane[:, :-1]), dim=1)
+    return ratio, ratio | two_lines | origin
+
+
+def accuracy(hits, tokens):
+    """
+    Mean of hits (B, k) at each shot over all queries and over novel ones: (2, k), nan where none.
+
+    hits are bools, counted in integers, or an oracle's expected scores.
+    """
+    chosen = torch.stack((torch.ones_like(hits, dtype=torch.bool), novel_queries(tokens)))
+    return (hits * chosen).sum(1).double().cpu() / chosen.sum(1).cpu()
+
+
+@torch.no_grad()
+def evaluate(predict, tokens, chunk=256):
+    """Accuracy (2, k) of predict, a function from tokens (B, 3k - 1) to logits (B, k, p)."""
+    hits = [predict(t[:, :-1]).argmax(-1) == t[:, 2::3] for t in tokens.split(chunk)]
+    return accuracy(torch.cat(hits), tokens)
+
+
+def oracle_accuracy(tokens, p):
+    """Exact expected accuracies (2, k) of Ratio Matching and of Modular Regression, in that order."""
+    return [accuracy(torch.where(s, 1.0, 1 / p).double(), tokens) for s in solvable(tokens, p)]
+
+
+def phase(good):
+    """The paper's phase (figure 1b), from whether each of the four sets is answered well."""
+    return {(True, False, False, False): "in-distribution memorization",
+            (True, True, False, False): "in-distribution generalization",
+            (True, False, True, False): "o.o.d. memorization",
+            (True, True, True, True): "o.o.d. generalization",
+            (False, False, False, False): "none yet: even i.d. train inputs are answered badly",
+            }.get(tuple(good), "between two phases")
+
+# -------------------------------------------------------------------------------------------------
+# 5. Training
+# -------------------------------------------------------------------------------------------------
+
+def make_optimizers(model, cfg):
+    """
+    AdamW with the paper's groups: matrices and embedding decay, LayerNorm does not.
+
+    With --optimizer muon the blocks' matrices go to Muon instead, which steps along the nearest
+    orthogonal matrix to the momentum: all directions of a matrix learn at the same rate. At laptop
+    scale it leaves the plateau in a fraction of AdamW's steps. Returns a list of optimizers.
+    """
+    embedding = model.embedding.weight
+    matrices = [w for w in model.parameters() if w.ndim == 2 and w is not embedding]
+    vectors = [w for w in model.parameters() if w.ndim == 1]
+    muon = cfg.optimizer == "muon"
+    adamw = torch.optim.AdamW(
+        [{"params": [embedding] if muon else [embedding] + matrices, "weight_decay": cfg.wd},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=MUON_ADAMW_LR if muon else cfg.lr, betas=ADAM_BETAS, fused=True)
+    optimizers = [adamw, torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.wd)] if muon else [adamw]
+    for group in param_groups(optimizers):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def param_groups(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def lr_factor(step, warmup, steps):
+    """Learning rate / peak: linear from 0.01 to 1 over the warm-up, then a cosine to 0.1 at steps."""
+    if step < warmup:
+        return 0.01 + 0.99 * step / warmup
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def early_stopping(curve, patience, chance):
+    """
+    From the accuracies so far: (index of the evaluation to keep, whether to stop now).
+
+    Until the best is clearly above chance there is nothing to lose yet, since grokking comes after a
+    long plateau: the newest evaluation is kept, and patience is not counted. patience 0 never stops.
+    """
+    best = max(range(len(curve)), key=curve.__getitem__)
+    if curve[best] < chance + LEFT_CHANCE:
+        return len(curve) - 1, False
+    return best, 0 < patience <= len(curve) - 1 - best
+
+
+def follow(history, cfg):
+    """Early stopping's decision on the evaluations so far: last-shot accuracy, validation tasks."""
+    curve = [row["val_ood_test"] for row in history]
+    return early_stopping(curve, cfg.patience, 1 / cfg.p) if curve else (0, False)
+
+
+def write_file(path, write):
+    """Call write(temporary name), then rename: whoever reads path finds the old file or the new one."""
+    write(path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+def write_csv(rows, path):
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def load_checkpoint(path):
+    """A checkpoint of this program, as a dict on the CPU; exits with one line on anything else."""
+    if not os.path.isfile(path):
+        die(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)    # runs no foreign code
+    except Exception as e:
+        die(f"{path}: damaged, or no checkpoint of this program ({type(e).__name__})")
+    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
+    if not (isinstance(config, dict) and {"split", "model"} <= checkpoint.keys()
+            and {f.name: f.type for f in fields(Config)} == {k: type(v) for k, v in config.items()}):
+        die(f"{path}: not a checkpoint of this program, or of another version")
+    return checkpoint
+
+
+def load_model(checkpoint, device="cpu"):
+    """The trained GPT of a checkpoint, in evaluation mode, and its Config."""
+    cfg = Config(**checkpoint["config"])
+    model = GPT(cfg)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval(), cfg
+
+
+def mixed_precision(cfg, device):
+    """(autocast context, GradScaler): float16 alone needs its loss scaled, against underflow."""
+    amp = cfg.amp
+    if amp == "auto":
+        amp = ("off" if device.type != "cuda" else
+               "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return (torch.autocast(device.type, dtype, enabled=amp != "off"),
+            torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
+
+
+def z_loss(model, tokens):
+    """Mean cross-entropy of the z tokens, given all tokens before each: (B, 3k) -> scalar."""
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 2::3].flatten())
+
+
+def seconds_a_step(model, cfg):
+    """What a training step will take, from a timed slice of a batch."""
+    n = min(32, cfg.batch)
+    tokens = torch.zeros(n, 3 * cfg.examples, dtype=torch.long, device=model.cos.device)
+    for _ in range(2):                                                # the first one only warms up
+        start = time.perf_counter()
+        z_loss(model, tokens).backward()
+    model.zero_grad()
+    return (time.perf_counter() - start) * cfg.batch / n
+
+
+def train(cfg, checkpoint=None):
+    """
+    Train, evaluate every cfg.eval_every steps, and keep the run's files in cfg.out up to date.
+
+    checkpoint: the last.pt to go on from. Returns the number of the signal that ended the run early
+    (Ctrl-C's or SLURM's), or None.
+    """
+    device = pick_device(cfg)
+    autocast, scaler = mixed_precision(cfg, device)
+    split = checkpoint["split"] if checkpoint else make_split(cfg)
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg).to(device)
+    optimizers = make_optimizers(model, cfg)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    step, loss_sum, loss_steps, history = 0, torch.zeros((), device=device), 0, []
+    if checkpoint:
+        step, history, loss_steps = (checkpoint[k] for k in ("step", "history", "loss_steps"))
+        loss_sum += checkpoint["loss_sum"].to(device)
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(checkpoint["scaler"])
+        generator.set_state(checkpoint["generator"])
+
+    def save(name):
+        state = dict(config=asdict(cfg), split=split, model=model.state_dict(),
+                     optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
+                     generator=generator.get_state(), step=step, history=history,
+                     loss_sum=loss_sum, loss_steps=loss_steps)
+        write_file(os.path.join(cfg.out, name), partial(torch.save, state))
+
+    if not checkpoint:
+        save("last.pt")                               # from here on there is something to resume
+    if device.type == "cpu" and (hours := seconds_a_step(model, cfg) * (cfg.steps - step) / 3600) > 2:
+        print(f"On this CPU the run takes about {hours:,.0f} hours. For minutes: --preset laptop. Going "
+              f"on; Ctrl-C saves and stops.", flush=True)
+    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
+        torch._dynamo.config.suppress_errors = True   # where it can't compile it runs uncompiled
+        compiled = torch.compile(model)
+    else:
+        compiled = model
+
+    signals = []
+    def ask_to_stop(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)         # a second one stops at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+
+    tasks, inputs = split["id"].to(device), split["train_inputs"].to(device)
+    per_task = math.ceil(cfg.batch / cfg.tasks)
+    sets = {name: tokens.to(device) for name, tokens in eval_sequences(
+        split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed).items()}
+    log_every, scores = max(1, cfg.eval_every // 20), ""
+    bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
+    best, stop = follow(history, cfg)
+    while step < cfg.steps and not stop and not signals:
+        for group in param_groups(optimizers):
+            group["lr"] = group["peak_lr"] * lr_factor(step, cfg.warmup, cfg.steps)
+        tokens = training_batch(tasks, inputs, per_task, cfg.examples, cfg.p, generator)
+        with autocast:
+            loss = z_loss(compiled, tokens)
+        scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        step, loss_sum, loss_steps = step + 1, loss_sum + loss.detach(), loss_steps + 1
+        bar.update()
+
+        if step == 1 or step % log_every == 0:        # reading the loss makes a GPU wait: seldom
+            bar.set_postfix_str(f"loss {loss.item():.3f} {scores}", refresh=False)
+        if step % cfg.eval_every == 0 or step == cfg.steps:
+            row = {"step": step, "lr": group["lr"], "loss": loss_sum.item() / loss_steps}
+            with autocast:
+                for name, tokens in sets.items():
+                    row[name], row[f"{name}_novel"] = evaluate(model, tokens)[:, -1].tolist()
+            history.append(row)
+            loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
+            best, stop = follow(history, cfg)
+            if best == len(history) - 1:
+                save("best.pt")
+            write_file(os.path.join(cfg.out, "metrics.csv"), partial(write_csv, history))
+            save("last.pt")
+            scores = "i.d. {id_train:.2f}/{id_test:.2f} o.o.d. {val_ood_train:.2f}/{val_ood_test:.2f}".format(**row)
+            bar.write(f"step {step:6d}  loss {row['loss']:.3f}  {scores}")
+    bar.close()
+    if signals:
+        save("last.pt")
+    return signals[0] if signals else None
+
+# -------------------------------------------------------------------------------------------------
+# 6. Report and main
+# -------------------------------------------------------------------------------------------------
+
+def report(checkpoint, device):
+    """Print a checkpoint's accuracies on the *test* o.o.d. tasks, the oracles', and the phase."""
+    model, cfg = load_model(checkpoint, device)
+    sets = eval_sequences(checkpoint["split"], "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
+                          seed=cfg.seed + 1)
+    curves = {}
+    for name, tokens in sets.items():
+        tokens = tokens.to(device)
+        curves[name] = torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)]) * 100
+    # each (3, 2, k): model, Ratio Matching, Modular Regression; all queries, novel queries; shots
+
+    print(f"\nAccuracy in % after {cfg.examples - 1} shots (chance {100 / cfg.p:.0f}); o.o.d.: the test tasks\n"
+          f"                          all queries                novel queries\n"
+          f"                          model  ratio  regression   model  ratio  regression")
+    for name, curve in curves.items():
+        kind, side = name.rsplit("_", 1)
+        label = f"{'i.d.' if kind == 'id' else 'o.o.d.'} tasks, {side} inputs"
+        print(f"{label:26s}" + "  ".join("{:5.1f}  {:5.1f}  {:10.1f}".format(*curve[:, i, -1]) for i in (0, 1)))
+    good = [bool(curve[0, 1, -1] >= 100 * PHASE_THRESHOLD) for curve in curves.values()]
+    print(f"Phase: {phase(good)} (good: {PHASE_THRESHOLD:.0%} of novel queries)\n\n"
+          f"o.o.d. tasks, novel queries, over shots:\n"
+          f"        train inputs               test inputs\n"
+          f"shots   model  ratio  regression   model  ratio  regression")
+    shots = [s for s in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if s < cfg.examples - 1] + [cfg.examples - 1]
+    for s in shots:
+        print(f"{s:5d}   " + "  ".join("{:5.1f}  {:5.1f}  {:10.1f}".format(
+            *curves[f"test_ood_{side}"][:, 1, s]) for side in ("train", "test")))
+
+
+def announce(cfg, preset):
+    """Say what will run: the preset's deviations from the paper, batch, device, folder."""
+    if preset:
+        paper = Config()
+        print(f"Preset {preset}, (paper): " + ", ".join(
+            f"{k} {getattr(cfg, k)} ({getattr(paper, k)})" for k in PRESETS[preset]))
+    if cfg.batch % cfg.tasks:
+        print(f"--batch {cfg.batch} becomes {math.ceil(cfg.batch / cfg.tasks) * cfg.tasks}, "
+              f"the next multiple of {cfg.tasks} tasks: every task comes equally often")
+    print(f"p {cfg.p}, {cfg.tasks} tasks, alpha {cfg.alpha}, depth {cfg.depth}, seed {cfg.seed}; "
+          f"torch {torch.__version__} on {pick_device(cfg)}; {cfg.out}", flush=True)
+
+
+def claim_folder(cfg):
+    """Make cfg.out and write config.json, or exit with one line if that can't be done."""
+    def write(path):
+        with open(path, "w") as f:
+            json.dump(asdict(cfg), f, indent=2)
+    try:
+        os.makedirs(cfg.out, exist_ok=True)
+        write_file(os.path.join(cfg.out, "config.json"), write)
+    except OSError as e:
+        die(f"--out {cfg.out}: can't be written ({e.strerror}); name a folder that can")
+
+
+def main():
+    cfg, preset, checkpoint = parse_config()
+    announce(cfg, preset)
+    claim_folder(cfg)
+    ended_by = train(cfg, checkpoint)
+    if ended_by:
+        print(f"Saved. To go on: python grok_icl.py --resume --out {cfg.out}")
+        sys.exit(128 + ended_by)                      # 130 after Ctrl-C, 143 after SIGTERM
+    report(load_checkpoint(os.path.join(cfg.out, "best.pt")), pick_device(cfg))
+
+
+if __name__ == "__main__":
+    main()
