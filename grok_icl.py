@@ -148,7 +148,8 @@ def parse_config(argv=None):
               for k, v in asked.items() if k in fixed and v != getattr(saved, k)]
     if differ:
         die(f"--resume: {cfg.out} was another configuration: {', '.join(differ)}")
-    cfg = replace(saved, **{k: v for k, v in asked.items() if k not in fixed}, out=cfg.out, resume=True)
+    cfg = replace(saved, **{k: v for k, v in asked.items() if k not in fixed}
+                              | {"out": cfg.out, "resume": False})
     validate(cfg)
     return cfg, preset, checkpoint
 

@@ -1,0 +1,510 @@
+"""
+Tests of grok_icl.py against references that share no code with it: brute force over Z_p, torch's own
+attention, complex arithmetic, planted predictors, scripted curves, and runs that were interrupted.
+"""
+import csv
+import itertools
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import grok_icl as g  # noqa: E402
+
+TINY = dict(p=5, tasks=8, alpha=0.8, examples=4, depth=2, heads=2, embd=16, init_std=0.1, lr=0.01,
+            wd=0.1, batch=16, steps=12, warmup=2, eval_every=4, patience=0, device="cpu")
+TINY_FLAGS = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def tiny(**changes):
+    return g.Config(**{**TINY, **changes})
+
+
+def random_tokens(p, k, n, seed=0):
+    """n sequences of k examples over all tasks and inputs of Z_p, (n, 3k)."""
+    gen = torch.Generator().manual_seed(seed)
+    return g.to_tokens(torch.randint(p, (n, 2), generator=gen),
+                       torch.randint(p, (n, k, 2), generator=gen), p)
+
+
+def model_and_tokens(p=7, examples=5, n=6, **changes):
+    torch.manual_seed(0)
+    cfg = tiny(p=p, examples=examples, **changes)
+    return g.GPT(cfg), random_tokens(p, examples, n)[:, :-1]
+
+
+def rows(tensor):
+    return [tuple(row) for row in tensor.tolist()]
+
+# -------------------------------------------------------------------------------------------------
+# Data
+# -------------------------------------------------------------------------------------------------
+
+def test_z_is_the_task_applied_to_the_input():
+    p, tasks = 7, torch.tensor([(3, 5), (0, 6)])
+    inputs = torch.tensor([[(1, 2), (6, 6), (0, 4)], [(2, 2), (5, 1), (3, 0)]])
+    for (a, b), xys, tokens in zip(rows(tasks), inputs.tolist(), g.to_tokens(tasks, inputs, p).tolist()):
+        assert tokens == [t for x, y in xys for t in (x, y, (a * x + b * y) % p)]
+
+
+@pytest.mark.parametrize("p, n, choice", [(29, 512, "rectangular"), (7, 40, "rectangular"),
+                                          (7, 47, "random"), (3, 1, "random"), (3, 4, "rectangular")])
+def test_splits_are_disjoint_and_complete(p, n, choice):
+    split = g.make_split(tiny(p=p, tasks=n, task_choice=choice, alpha=0.6))
+    everything = set(itertools.product(range(p), repeat=2))
+    tasks = rows(split["id"]) + rows(split["val_ood"]) + rows(split["test_ood"])
+    inputs = rows(split["train_inputs"]) + rows(split["test_inputs"])
+    assert len(tasks) == len(inputs) == p * p and set(tasks) == set(inputs) == everything
+    assert len(split["id"]) == n and len(split["train_inputs"]) == round(0.6 * p * p)
+    assert 0 <= len(split["test_ood"]) - len(split["val_ood"]) <= 1 and len(split["val_ood"]) > 0
+
+
+@pytest.mark.parametrize("p, n", [(29, 512), (7, 40), (5, 16)])
+def test_rectangles_are_rectangles(p, n):
+    tasks = rows(g.choose_rectangles(p, n, torch.Generator().manual_seed(1)))
+    assert len(set(tasks)) == len(tasks) == n
+    corners, added = tasks[:n // 4], tasks[n // 4:]
+    for i, (a, b) in enumerate(corners):
+        (c, b2), (a2, d), opposite = added[3 * i:3 * i + 3]
+        assert (a2, b2) == (a, b) and opposite == (c, d) and c != a and d != b
+
+
+@pytest.mark.parametrize("p, n", [(29, 840), (7, 48)])
+def test_rectangles_that_do_not_fit_are_refused(p, n, capsys):
+    with pytest.raises(SystemExit) as stop:
+        g.choose_rectangles(p, n, torch.Generator().manual_seed(0))
+    assert stop.value.code == 2 and "--task-choice random" in capsys.readouterr().err
+
+
+def test_seed_decides_the_split():
+    first, same, other = (g.make_split(tiny(seed=s)) for s in (0, 0, 1))
+    assert all(torch.equal(first[k], same[k]) for k in first)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+def test_batches_are_balanced_and_share_their_inputs():
+    p, k, per_task = 7, 5, 3
+    split = g.make_split(tiny(p=p, tasks=12))
+    batch = g.training_batch(split["id"], split["train_inputs"], per_task, k, p,
+                             torch.Generator().manual_seed(0))
+    assert batch.shape == (12 * per_task, 3 * k)
+    sequences = batch.unflatten(1, (k, 3)).unflatten(0, (12, per_task))       # (task, sequence, k, 3)
+    assert set(rows(sequences[..., :2].flatten(0, 2))) <= set(rows(split["train_inputs"]))
+    for (a, b), of_task in zip(rows(split["id"]), sequences):
+        x, y, z = of_task.unbind(-1)
+        assert torch.equal(z, (a * x + b * y) % p)
+        assert torch.equal(of_task[..., :2], sequences[0, ..., :2])           # shared across tasks
+    assert not torch.equal(sequences[0, 0], sequences[0, 1])                  # but not within one
+
+
+def test_every_training_input_is_drawn_evenly():
+    inputs = g.grid(3)
+    batch = g.training_batch(torch.tensor([(1, 0)]), inputs, 3000, 3, 3, torch.Generator().manual_seed(0))
+    xy = batch.unflatten(1, (3, 3))[..., :2].flatten(0, 1)
+    counts = torch.bincount(xy[:, 0] * 3 + xy[:, 1], minlength=9)             # 1000 expected, sd 30
+    assert counts.min() > 850 and counts.max() < 1150
+
+
+def test_evaluation_sets_hold_what_their_names_say():
+    cfg = tiny(p=7, tasks=12, examples=6)
+    split = g.make_split(cfg)
+    sets = g.eval_sequences(split, "val_ood", 64, cfg.examples, cfg.p, seed=3)
+    assert list(sets) == ["id_train", "id_test", "val_ood_train", "val_ood_test"]
+    for name, tokens in sets.items():
+        kind, side = name.rsplit("_", 1)
+        tasks = set(rows(split[kind]))
+        for sequence in tokens.unflatten(1, (-1, 3)).tolist():
+            assert {(x, y) for x, y, _ in sequence} <= set(rows(split[f"{side}_inputs"]))
+            assert any(all((a * x + b * y) % 7 == z for x, y, z in sequence) for a, b in tasks)
+    again = g.eval_sequences(split, "val_ood", 64, cfg.examples, cfg.p, seed=3)
+    assert all(torch.equal(sets[name], again[name]) for name in sets)
+
+# -------------------------------------------------------------------------------------------------
+# Model
+# -------------------------------------------------------------------------------------------------
+
+def test_rotation_is_multiplication_by_a_unit_complex_number():
+    cos, sin = g.rotary_tables(9, 8)
+    x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
+    frequencies = torch.tensor([10_000 ** (-i / 4) for i in range(4)])
+    turn = torch.polar(torch.ones(9, 4), torch.arange(9)[:, None] * frequencies)
+    expected = torch.complex(x[..., :4], x[..., 4:]) * turn
+    torch.testing.assert_close(g.rotate(x, cos, sin), torch.cat((expected.real, expected.imag), -1))
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    cos, sin = g.rotary_tables(40, 8)
+    gen = torch.Generator().manual_seed(0)
+    q, k = torch.randn(8, generator=gen).expand(40, 8), torch.randn(8, generator=gen).expand(40, 8)
+    scores = g.rotate(q, cos, sin) @ g.rotate(k, cos, sin).T
+    for distance in range(-39, 40):
+        line = scores.diagonal(distance)
+        torch.testing.assert_close(line, line[:1].expand_as(line), atol=1e-4, rtol=0)
+    assert scores[0].std() > 0.1                                              # and depend on it they do
+
+
+@pytest.mark.parametrize("at", [slice(None), slice(1, None, 3)])
+def test_attention_equals_torchs_own(at):
+    model, tokens = model_and_tokens()
+    layer, x = model.blocks[0].attention, model.embedding(tokens)
+    T, noted = x.size(1), {}
+    ours = layer(x, (model.cos[:T], model.sin[:T]), model.future[:T, :T], at, noted.__setitem__)
+
+    def heads(linear):
+        return linear(x).view(len(x), T, 2, 8).transpose(1, 2)
+    q, k = (g.rotate(heads(w), model.cos[:T], model.sin[:T]) for w in (layer.query, layer.key))
+    theirs = F.scaled_dot_product_attention(q, k, heads(layer.value), is_causal=True)
+    torch.testing.assert_close(ours, layer.out(theirs.transpose(1, 2).flatten(2))[:, at])
+    torch.testing.assert_close(noted["heads"], theirs[:, :, at])
+    torch.testing.assert_close(noted["attention"].sum(-1), torch.ones(noted["attention"].shape[:-1]))
+
+
+def test_no_prediction_sees_its_answer_or_anything_later():
+    model, tokens = model_and_tokens()
+    before = model(tokens)
+    for position in range(tokens.size(1)):
+        changed = tokens.clone()
+        changed[:, position] = (changed[:, position] + 1) % 7
+        after = model(changed)
+        for shot in range(before.size(1)):                       # predicted from positions 0 .. 3 shot + 1
+            same = torch.equal(after[:, shot], before[:, shot])
+            assert same == (position > 3 * shot + 1)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_last_block_shortcut_is_exact(depth):
+    model, tokens = model_and_tokens(depth=depth)
+    fast = model(tokens)
+    fast.square().sum().backward()
+    fast_grads = [w.grad.clone() for w in model.parameters()]
+    model.zero_grad()
+    full = model(tokens, everywhere=True)
+    assert full.shape == (*tokens.shape, 7)
+    full[:, 1::3].square().sum().backward()
+    torch.testing.assert_close(fast, full[:, 1::3])
+    for a, w in zip(fast_grads, model.parameters()):
+        torch.testing.assert_close(a, w.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_the_record_is_what_the_model_computed_and_changes_nothing():
+    model, tokens = model_and_tokens()
+    record = {}
+    logits = model(tokens, record, everywhere=True)
+    assert torch.equal(logits, model(tokens, everywhere=True))
+    B, T = tokens.shape
+    shapes = {"attention": (B, 2, T, T), "heads": (B, 2, T, 8), "neurons": (B, T, 64), "residual": (B, T, 16)}
+    for block in (0, 1):
+        assert {n: record[f"{block}.{n}"].shape for n in shapes} == shapes
+    # rebuild the residual stream from heads and neurons
+    x = record["embedding"]
+    for i, block in enumerate(model.blocks):
+        x = x + record[f"{i}.heads"].transpose(1, 2).flatten(2) @ block.attention.out.weight.T
+        x = x + record[f"{i}.neurons"] @ block.mlp.down.weight.T
+        torch.testing.assert_close(x, record[f"{i}.residual"])
+    torch.testing.assert_close(model.norm(x) @ model.embedding.weight.T, logits)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = g.GPT(g.Config(p=29, depth=2))
+    for name, w in model.named_parameters():
+        if w.ndim == 2:
+            expected = 0.02 / (math.sqrt(4) if "mlp.down" in name else 1)
+            assert abs(w.std().item() / expected - 1) < 0.05, name
+    # 2 blocks of 12 d^2, the embedding, and 5 LayerNorms: no biases, no separate read-out
+    assert sum(w.numel() for w in model.parameters()) == 24 * 512 ** 2 + 29 * 512 + 5 * 2 * 512
+
+# -------------------------------------------------------------------------------------------------
+# Evaluation
+# -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("p", [3, 5])
+def test_oracles_against_enumeration_of_all_tasks(p):
+    tokens = random_tokens(p, 4, 200, seed=1)
+    tokens[0, :6] = torch.tensor([0, 0, 0, 0, 0, 0])             # the origin as example and as query
+    ratio, regression = g.solvable(tokens, p)
+    for b, sequence in enumerate(tokens.unflatten(1, (-1, 3)).tolist()):
+        for t, (x, y, _) in enumerate(sequence):
+            context = sequence[:t]
+            answers = {(a * x + b_ * y) % p for a in range(p) for b_ in range(p)
+                       if all((a * u + b_ * v) % p == w for u, v, w in context)}
+            assert regression[b, t] == (len(answers) == 1)
+            assert len(answers) in (1, p)                        # undetermined: anything goes
+            assert ratio[b, t] == any((c * u % p, c * v % p) == (x, y)
+                                      for u, v, _ in context for c in range(p))
+
+
+def test_novel_queries_against_a_loop():
+    tokens = random_tokens(3, 6, 50)
+    for row, sequence in zip(g.novel_queries(tokens).tolist(), tokens.unflatten(1, (-1, 3)).tolist()):
+        xy = [(x, y) for x, y, _ in sequence]
+        assert row == [q not in xy[:t] for t, q in enumerate(xy)]
+
+
+def one_hot(answers, p):
+    return F.one_hot(answers, p).float()
+
+
+def test_a_perfect_predictor_scores_one_everywhere():
+    tokens = random_tokens(7, 6, 600)
+    answers = iter(tokens.split(256))
+    score = g.evaluate(lambda seen: one_hot(next(answers)[:, 2::3], 7), tokens)
+    assert score.shape == (2, 6) and (score == 1).all()
+
+
+def test_a_ratio_matcher_scores_what_its_oracle_says():
+    """Answers c z_i where an example lies on the query's line, and wrongly elsewhere."""
+    p, tokens = 5, random_tokens(5, 6, 300)
+
+    def answer(sequence, t):
+        x, y, z = sequence[t]
+        for u, v, w in sequence[:t]:
+            for c in range(p):
+                if (c * u % p, c * v % p) == (x, y):
+                    return c * w % p
+        return (z + 1) % p
+    answers = torch.tensor([[answer(s, t) for t in range(6)] for s in tokens.unflatten(1, (-1, 3)).tolist()])
+    batches = iter(answers.split(256))
+    score = g.evaluate(lambda seen: one_hot(next(batches), p), tokens)
+    oracle = g.oracle_accuracy(tokens, p)[0]
+    torch.testing.assert_close(oracle, score + (1 - score) / p)  # the oracle guesses where it can't know
+    assert 0.2 < score[1, -1] < score[0, -1] < 1                 # copying is easier than matching
+
+
+def test_correct_answers_are_counted_in_integers():
+    hits = torch.ones(70_000, 2, dtype=torch.bool)
+    hits[0] = False                                              # bfloat16 or float16 would lose this one
+    tokens = torch.zeros(70_000, 6, dtype=torch.long)
+    tokens[:, 3] = 1
+    assert g.accuracy(hits, tokens).tolist() == [[69_999 / 70_000] * 2] * 2
+
+
+def test_no_novel_query_is_nan_and_not_good():
+    tokens = torch.zeros(4, 6, dtype=torch.long)
+    score = g.accuracy(torch.ones(4, 2, dtype=torch.bool), tokens)
+    assert score[0].tolist() == [1, 1] and score[1, 0] == 1 and math.isnan(score[1, 1])
+    assert not score[1, 1] >= g.PHASE_THRESHOLD
+
+
+@pytest.mark.parametrize("good, name", [("1000", "in-distribution memorization"),
+                                        ("1100", "in-distribution generalization"),
+                                        ("1010", "o.o.d. memorization"), ("1111", "o.o.d. generalization"),
+                                        ("1110", "between two phases")])
+def test_phases_follow_the_papers_table(good, name):
+    assert g.phase([c == "1" for c in good]) == name
+
+# -------------------------------------------------------------------------------------------------
+# Training
+# -------------------------------------------------------------------------------------------------
+
+def test_schedule_at_its_corners():
+    f = [g.lr_factor(s, 10_000, 200_000) for s in (0, 5_000, 10_000, 105_000, 200_000)]
+    assert f == pytest.approx([0.01, 0.505, 1, 0.55, 0.1])
+    assert g.lr_factor(0, 0, 10) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_decay_groups(optimizer):
+    cfg = tiny(optimizer=optimizer, wd=1.5, lr=0.03)
+    model = g.GPT(cfg)
+    optimizers = g.make_optimizers(model, cfg)
+    names = {id(w): n for n, w in model.named_parameters()}
+    groups = {names[id(w)]: (type(o).__name__, group["weight_decay"], group["lr"])
+              for o in optimizers for group in o.param_groups for w in group["params"]}
+    assert groups.keys() == set(names.values())
+    for name, (kind, decay, lr) in groups.items():
+        assert decay == (0 if "norm" in name else 1.5)
+        matrix = "norm" not in name and name != "embedding.weight"
+        assert kind == ("Muon" if matrix and optimizer == "muon" else "AdamW")
+        assert lr == (g.MUON_ADAMW_LR if optimizer == "muon" and not matrix else 0.03)
+
+
+def stop_at(curve, patience=3, chance=0.1):
+    """Feed a curve point by point: (index kept, evaluations seen when it stopped or None)."""
+    for n in range(1, len(curve) + 1):
+        best, stop = g.early_stopping(curve[:n], patience, chance)
+        if stop:
+            return best, n
+    return best, None
+
+
+def test_early_stopping_on_scripted_curves():
+    plateau = [0.12, 0.1, 0.11] * 20
+    assert stop_at(plateau + [0.5, 0.8, 0.9]) == (62, None)                  # the plateau ends no run
+    assert stop_at(plateau + [0.5, 0.9, 0.8, 0.7, 0.6, 0.5]) == (61, 65)     # transience: 3 worse ones
+    assert stop_at(plateau + [0.5, 0.9, 0.8, 0.7, 0.91]) == (64, None)       # a new best starts afresh
+    assert stop_at(plateau) == (59, None)                                    # never rises: keeps the newest
+    assert stop_at(plateau + [0.9] + [0.5] * 50, patience=0) == (60, None)   # 0: never stops
+
+
+def run(argv, **kwargs):
+    return subprocess.run([sys.executable, str(ROOT / "grok_icl.py"), *argv], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100, **kwargs)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, optimizer):
+    flags = ["--optimizer", optimizer]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    g.train(claimed(tiny(optimizer=optimizer, out=str(whole))))
+
+    # stop it in the middle of two evaluations, as Ctrl-C would
+    calls, batch = [], g.training_batch
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(*args)
+    monkeypatch.setattr(g, "training_batch", interrupting)
+    assert g.train(claimed(tiny(optimizer=optimizer, out=str(parts)))) == signal.SIGINT
+    monkeypatch.undo()
+    assert torch.load(parts / "last.pt", weights_only=True)["step"] == 6
+    cfg, _, checkpoint = g.parse_config(["--resume", "--out", str(parts)])
+    assert g.train(cfg, checkpoint) is None
+
+    assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(d / name, weights_only=True) for d in (whole, parts))
+        assert {**a.pop("config"), "out": ""} == {**b.pop("config"), "out": ""}
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def claimed(cfg):
+    g.claim_folder(cfg)
+    return cfg
+
+
+def test_training_keeps_what_it_promises(tmp_path):
+    """As a user would: train, read the files, run again, resume, interrupt."""
+    out = tmp_path / "run"
+    done = run([*TINY_FLAGS, "--batch", "15", "--out", str(out)])
+    assert done.returncode == 0, done.stderr
+    assert "--batch 15 becomes 16" in done.stdout and "Phase:" in done.stdout
+    assert sorted(f.name for f in out.iterdir()) == ["best.pt", "config.json", "last.pt", "metrics.csv"]
+    assert json.load(open(out / "config.json"))["tasks"] == 8
+    with open(out / "metrics.csv") as f:
+        metrics = list(csv.DictReader(f))
+    assert [int(r["step"]) for r in metrics] == [4, 8, 12]
+    assert all(0 <= float(r["val_ood_test"]) <= 1 for r in metrics)
+
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    again = run([*TINY_FLAGS, "--out", str(out)])
+    assert again.returncode == 2 and "--resume" in again.stderr
+    differs = run(["--resume", "--out", str(out), "--lr", "0.5"])
+    assert differs.returncode == 2 and "--lr 0.5 (saved: 0.01)" in differs.stderr
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+    same = run(["--resume", "--out", str(out)])                  # a finished run reports once more
+    assert same.returncode == 0
+    assert same.stdout[same.stdout.index("Accuracy"):] == done.stdout[done.stdout.index("Accuracy"):]
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS, "--steps", "100000",
+                                "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.time() + 60
+    while not (out / "metrics.csv").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and f"--resume --out {out}" in stdout
+    assert torch.load(out / "last.pt", weights_only=True)["step"] > 0
+
+# -------------------------------------------------------------------------------------------------
+# Bad input: one line that names the flag and what would do, exit code 2, nothing touched
+# -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, words", [
+    (["--tasks", "510"], ["--tasks 510", "multiple of 4"]),
+    (["--tasks", "841"], ["--tasks 841", "839"]),
+    (["--tasks", "0"], ["--tasks 0"]),
+    (["--tasks", "-4"], ["--tasks -4"]),
+    (["--tasks", "840", "--batch", "2000"], ["--tasks 840"]),
+    (["--tasks", "836", "--batch", "2000"], ["--tasks 836", "--task-choice random"]),
+    (["--p", "15"], ["--p 15", "prime"]),
+    (["--p", "2"], ["--p 2", "prime"]),
+    (["--p", "-7"], ["--p -7", "prime"]),
+    (["--p", "seven"], ["--p", "seven", "int"]),
+    (["--alpha", "0"], ["--alpha 0"]),
+    (["--alpha", "1"], ["--alpha 1"]),
+    (["--alpha", "nan"], ["--alpha nan"]),
+    (["--p", "3", "--tasks", "4", "--alpha", "0.1"], ["--alpha 0.1", "at least 2"]),
+    (["--p", "3", "--tasks", "4", "--alpha", "0.9"], ["--alpha 0.9", "at least 2"]),
+    (["--examples", "1"], ["--examples 1"]),
+    (["--heads", "3"], ["--embd 512", "multiple of 6"]),
+    (["--heads", "0"], ["--heads 0"]),
+    (["--embd", "12"], ["--embd 12", "even"]),
+    (["--depth", "0"], ["--depth 0"]),
+    (["--batch", "511"], ["--batch 511", "--tasks (512)"]),
+    (["--steps", "10000"], ["--steps 10000", "--warmup"]),
+    (["--warmup", "-1"], ["--warmup -1"]),
+    (["--lr", "0"], ["--lr 0"]),
+    (["--lr", "inf"], ["--lr inf"]),
+    (["--wd", "-0.1"], ["--wd -0.1"]),
+    (["--init-std", "0"], ["--init-std 0"]),
+    (["--seed", "-1"], ["--seed -1"]),
+    (["--eval-every", "0"], ["--eval-every 0"]),
+    (["--patience", "-1"], ["--patience -1"]),
+    (["--device", "cuda:99"], ["--device cuda:99", "cpu"]),
+    (["--device", "gpu"], ["--device gpu", "cpu"]),
+    (["--amp", "fp16", "--device", "cpu"], ["--amp fp16"]),
+    (["--amp", "fp8"], ["--amp", "fp8", "bf16"]),
+    (["--optimizer", "sgd"], ["--optimizer", "sgd", "muon"]),
+    (["--preset", "desktop"], ["--preset", "desktop", "laptop"]),
+    (["--task", "512"], ["--task"]),
+    (["--resume"], ["last.pt"]),
+])
+def test_bad_input_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cfg, _, _ = g.parse_config(argv)
+        g.make_split(cfg)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and all(w in err for w in words), err
+    assert not list(tmp_path.iterdir())
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "pickle", "foreign", "other fields", "empty"])
+def test_bad_checkpoints_are_refused(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "last.pt"
+    if kind == "truncated":
+        g.train(claimed(tiny(out=str(tmp_path))))
+        path.write_bytes(path.read_bytes()[:2000])
+        capsys.readouterr()
+    elif kind == "pickle":
+        torch.save({"config": Exploit()}, path)
+    elif kind == "foreign":
+        torch.save({"model": {}, "epoch": 3}, path)
+    elif kind == "other fields":
+        torch.save({"model": {}, "split": {}, "config": {"p": "7"}}, path)
+    else:
+        path.write_text("" if kind == "empty" else "not a checkpoint")
+    with pytest.raises(SystemExit) as stop:
+        g.parse_config(["--resume", "--out", str(tmp_path)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = run([*TINY_FLAGS, "--out", str(tmp_path / "file" / "run")])
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--out" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
