@@ -22,7 +22,7 @@ The file reads from top to bottom:
     3. Model         attention, rotary embedding, MLP, GPT
     4. Evaluation    four sets, every shot, two exact oracles
     5. Training      optimizer, schedule, early stopping, checkpoints, the loop
-    6. Report, main
+    6. Report, command line, main
 """
 import argparse
 import csv
@@ -104,105 +104,6 @@ def die(message):
     """Refuse bad input: one line on stderr, exit code 2."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
-
-
-def parse_config(argv=None):
-    """
-    The command line as a validated Config: returns (config, preset, checkpoint to resume or None).
-
-    Precedence: an explicit flag, then the resumed run, then the preset, then the paper.
-    Exits with code 2 and one line on anything that can't be run; writes nothing.
-    """
-    parser = argparse.ArgumentParser(
-        description="Train a transformer on modular arithmetic in context. [defaults] are the paper's.",
-        allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = die
-    parser.add_argument("--preset", choices=PRESETS, help="another set of defaults; " + "; ".join(
-        f"{name}: " + " ".join(f"{k} {v}" for k, v in p.items()) for name, p in PRESETS.items()))
-    sections = {}
-    for f in fields(Config):
-        group, choices = f.metadata["group"], f.metadata["choices"]
-        section = sections.setdefault(group, parser.add_argument_group(group))
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.type is bool:
-            section.add_argument(flag, action="store_true", help=text)
-        else:
-            section.add_argument(flag, type=f.type, choices=choices, help=f"{text} [{f.default}]",
-                                 metavar=None if choices else f.type.__name__.upper())
-    given = vars(parser.parse_args(argv))
-    preset = given.pop("preset", None)
-    base = replace(Config(), **PRESETS.get(preset, {}))
-    cfg = replace(base, **given)
-    cfg.out = given.get("out") or default_out(cfg, base, preset)
-    if not cfg.resume:
-        validate(cfg)
-        if any(os.path.exists(os.path.join(cfg.out, name)) for name in RUN_FILES):
-            die(f"--out {cfg.out}: holds a run already; --resume continues it, another --out starts anew")
-        return cfg, preset, None
-
-    checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))
-    saved = Config(**checkpoint["config"])
-    asked = {**(PRESETS[preset] if preset else {}), **given}
-    fixed = [f.name for f in fields(Config) if f.metadata["group"] != "run"]
-    differ = [f"--{k.replace('_', '-')} {v} (saved: {getattr(saved, k)})"
-              for k, v in asked.items() if k in fixed and v != getattr(saved, k)]
-    if differ:
-        die(f"--resume: {cfg.out} was another configuration: {', '.join(differ)}")
-    cfg = replace(saved, **{k: v for k, v in asked.items() if k not in fixed}
-                              | {"out": cfg.out, "resume": False})
-    validate(cfg)
-    return cfg, preset, checkpoint
-
-
-def validate(cfg):
-    """Exit with one line that names flag, value and what would do, unless the run can be made."""
-    def need(ok, flag, accepted):
-        if not ok:
-            die(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: {accepted}")
-
-    p, n_inputs = cfg.p, round(cfg.alpha * cfg.p ** 2) if math.isfinite(cfg.alpha) else 0
-    need(3 <= p < 1000 and all(p % d for d in range(2, math.isqrt(p) + 1)), "p",
-         "must be a prime from 3 to 997")
-    need(1 <= cfg.tasks <= p * p - 2, "tasks",
-         f"must be from 1 to {p * p - 2}: {p}*{p} tasks less one o.o.d. task each to validate and test")
-    need(cfg.task_choice == "random" or cfg.tasks % 4 == 0, "tasks",
-         "must be a multiple of 4 under --task-choice rectangular")
-    need(0 < cfg.alpha < 1 and 2 <= n_inputs <= p * p - 2, "alpha",
-         f"must lie between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
-    need(2 <= cfg.examples <= 4096, "examples", "must be from 2 to 4096")
-    need(1 <= cfg.depth <= 1000, "depth", "must be from 1 to 1000")
-    need(1 <= cfg.heads <= cfg.embd, "heads", "must be from 1 to --embd")
-    need(cfg.embd % (2 * cfg.heads) == 0 and cfg.embd <= 65536, "embd",
-         f"must be a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
-    need(0 < cfg.init_std < math.inf, "init_std", "must be a positive number")
-    need(0 < cfg.lr < math.inf, "lr", "must be a positive number")
-    need(0 <= cfg.wd < math.inf, "wd", "must be zero or a positive number")
-    need(cfg.tasks <= cfg.batch <= 10 ** 6, "batch", f"must be from --tasks ({cfg.tasks}) to 1000000")
-    need(0 <= cfg.warmup, "warmup", "must be zero or more")
-    need(cfg.warmup < cfg.steps, "steps", f"must be more than --warmup ({cfg.warmup})")
-    need(0 <= cfg.seed < 2 ** 62, "seed", "must be zero or a positive integer below 2**62")
-    need(1 <= cfg.eval_every, "eval_every", "must be at least 1")
-    need(0 <= cfg.patience, "patience", "must be zero (never stop) or more")
-    try:
-        torch.empty(1, device=pick_device(cfg))
-    except (RuntimeError, AssertionError):
-        have = ["auto", "cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        need(False, "device", f"not on this machine; there is {', '.join(have)}")
-    need(cfg.amp != "fp16" or pick_device(cfg).type == "cuda", "amp", "needs a CUDA device")
-
-
-def default_out(cfg, base, preset):
-    """out/<what makes this run different from others>, so that two settings never share a folder."""
-    always = ["depth", "tasks", "seed"]
-    names = always + [f.name for f in fields(Config) if f.metadata["group"] != "run"
-                      and f.name not in always and getattr(cfg, f.name) != getattr(base, f.name)]
-    return os.path.join("out", "-".join([preset or "paper"] + [f"{n}{getattr(cfg, n)}" for n in names]))
-
-
-def pick_device(cfg):
-    """The torch.device that --device names; auto is the first GPU, or the CPU."""
-    return torch.device(cfg.device if cfg.device != "auto" else
-                        "cuda" if torch.cuda.is_available() else "cpu")
 
 # -------------------------------------------------------------------------------------------------
 # 2. Data: tasks, splits, batches (paper, section 2)
@@ -398,18 +299,18 @@ class GPT(nn.Module):
         T = tokens.size(1)
         rotary, mask = (self.cos[:T], self.sin[:T]), self.future[:T, :T]
         x = self.embedding(tokens)                                                   # (B, T, C)
+
+        def note(name, value):
+            if record is not None:
+                record[f"{i}.{name}"] = value
         if record is not None:
             record["embedding"] = x
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             at = slice(1, None, 3) if last and not everywhere else slice(None)
-            x = block(x, rotary, mask, at, partial(keep, record, i))
+            x = block(x, rotary, mask, at, note)
         return self.norm(x) @ self.embedding.weight.T                                # (B, k, p)
 
-
-def keep(record, block, name, value):
-    if record is not None:
-        record[f"{block}.{name}"] = value
 
 # -------------------------------------------------------------------------------------------------
 # 4. Evaluation: accuracy at every shot, novel queries apart, beside two exact oracles
@@ -565,6 +466,12 @@ def load_model(checkpoint, device="cpu"):
     return model.to(device).eval(), cfg
 
 
+def pick_device(cfg):
+    """The torch.device that --device names; auto is the first GPU, or the CPU."""
+    return torch.device(cfg.device if cfg.device != "auto" else
+                        "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def mixed_precision(cfg, device):
     """(autocast context, GradScaler): float16 alone needs its loss scaled, against underflow."""
     amp = cfg.amp
@@ -684,7 +591,7 @@ def train(cfg, checkpoint=None):
     return signals[0] if signals else None
 
 # -------------------------------------------------------------------------------------------------
-# 6. Report and main
+# 6. Report, command line, main
 # -------------------------------------------------------------------------------------------------
 
 def report(checkpoint, device):
@@ -714,6 +621,99 @@ def report(checkpoint, device):
     for s in shots:
         print(f"{s:5d}   " + "  ".join("{:5.1f}  {:5.1f}  {:10.1f}".format(
             *curves[f"test_ood_{side}"][:, 1, s]) for side in ("train", "test")))
+
+
+def parse_config(argv=None):
+    """
+    The command line as a validated Config: returns (config, preset, checkpoint to resume or None).
+
+    Precedence: an explicit flag, then the resumed run, then the preset, then the paper.
+    Exits with code 2 and one line on anything that can't be run; writes nothing.
+    """
+    parser = argparse.ArgumentParser(
+        description="Train a transformer on modular arithmetic in context. [defaults] are the paper's.",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = die
+    parser.add_argument("--preset", choices=PRESETS, help="another set of defaults; " + "; ".join(
+        f"{name}: " + " ".join(f"{k} {v}" for k, v in p.items()) for name, p in PRESETS.items()))
+    sections = {}
+    for f in fields(Config):
+        group, choices = f.metadata["group"], f.metadata["choices"]
+        section = sections.setdefault(group, parser.add_argument_group(group))
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            section.add_argument(flag, action="store_true", help=text)
+        else:
+            section.add_argument(flag, type=f.type, choices=choices, help=f"{text} [{f.default}]",
+                                 metavar=None if choices else f.type.__name__.upper())
+    given = vars(parser.parse_args(argv))
+    preset = given.pop("preset", None)
+    base = replace(Config(), **PRESETS.get(preset, {}))
+    cfg = replace(base, **given)
+    cfg.out = given.get("out") or default_out(cfg, base, preset)
+    if not cfg.resume:
+        validate(cfg)
+        if any(os.path.exists(os.path.join(cfg.out, name)) for name in RUN_FILES):
+            die(f"--out {cfg.out}: holds a run already; --resume continues it, another --out starts anew")
+        return cfg, preset, None
+
+    checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))
+    saved = Config(**checkpoint["config"])
+    asked = {**(PRESETS[preset] if preset else {}), **given}
+    fixed = [f.name for f in fields(Config) if f.metadata["group"] != "run"]
+    differ = [f"--{k.replace('_', '-')} {v} (saved: {getattr(saved, k)})"
+              for k, v in asked.items() if k in fixed and v != getattr(saved, k)]
+    if differ:
+        die(f"--resume: {cfg.out} was another configuration: {', '.join(differ)}")
+    cfg = replace(saved, **{k: v for k, v in asked.items() if k not in fixed}
+                              | {"out": cfg.out, "resume": False})
+    validate(cfg)
+    return cfg, preset, checkpoint
+
+
+def validate(cfg):
+    """Exit with one line that names flag, value and what would do, unless the run can be made."""
+    def need(ok, flag, accepted):
+        if not ok:
+            die(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: {accepted}")
+
+    p, n_inputs = cfg.p, round(cfg.alpha * cfg.p ** 2) if math.isfinite(cfg.alpha) else 0
+    need(3 <= p < 1000 and all(p % d for d in range(2, math.isqrt(p) + 1)), "p",
+         "must be a prime from 3 to 997")
+    need(1 <= cfg.tasks <= p * p - 2, "tasks",
+         f"must be from 1 to {p * p - 2}: {p}*{p} tasks less one o.o.d. task each to validate and test")
+    need(cfg.task_choice == "random" or cfg.tasks % 4 == 0, "tasks",
+         "must be a multiple of 4 under --task-choice rectangular")
+    need(0 < cfg.alpha < 1 and 2 <= n_inputs <= p * p - 2, "alpha",
+         f"must lie between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
+    need(2 <= cfg.examples <= 4096, "examples", "must be from 2 to 4096")
+    need(1 <= cfg.depth <= 1000, "depth", "must be from 1 to 1000")
+    need(1 <= cfg.heads <= cfg.embd, "heads", "must be from 1 to --embd")
+    need(cfg.embd % (2 * cfg.heads) == 0 and cfg.embd <= 65536, "embd",
+         f"must be a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
+    need(0 < cfg.init_std < math.inf, "init_std", "must be a positive number")
+    need(0 < cfg.lr < math.inf, "lr", "must be a positive number")
+    need(0 <= cfg.wd < math.inf, "wd", "must be zero or a positive number")
+    need(cfg.tasks <= cfg.batch <= 10 ** 6, "batch", f"must be from --tasks ({cfg.tasks}) to 1000000")
+    need(0 <= cfg.warmup, "warmup", "must be zero or more")
+    need(cfg.warmup < cfg.steps, "steps", f"must be more than --warmup ({cfg.warmup})")
+    need(0 <= cfg.seed < 2 ** 62, "seed", "must be zero or a positive integer below 2**62")
+    need(1 <= cfg.eval_every, "eval_every", "must be at least 1")
+    need(0 <= cfg.patience, "patience", "must be zero (never stop) or more")
+    try:
+        torch.empty(1, device=pick_device(cfg))
+    except (RuntimeError, AssertionError):
+        have = ["auto", "cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        need(False, "device", f"not on this machine; there is {', '.join(have)}")
+    need(cfg.amp != "fp16" or pick_device(cfg).type == "cuda", "amp", "needs a CUDA device")
+
+
+def default_out(cfg, base, preset):
+    """out/<what makes this run different from others>, so that two settings never share a folder."""
+    always = ["depth", "tasks", "seed"]
+    names = always + [f.name for f in fields(Config) if f.metadata["group"] != "run"
+                      and f.name not in always and getattr(cfg, f.name) != getattr(base, f.name)]
+    return os.path.join("out", "-".join([preset or "paper"] + [f"{n}{getattr(cfg, n)}" for n in names]))
 
 
 def announce(cfg, preset):
