@@ -72,6 +72,8 @@ class Config:
     batch: int = option(1024, "training", "sequences a step, rounded up to a multiple of --tasks")
     steps: int = option(200_000, "training", "training steps; the cosine schedule ends here")
     warmup: int = option(10_000, "training", "steps of linear warm-up")
+    curriculum: int = option(0, "training", "steps in which sequences keep to few lines through the "
+                             "origin, at first one (paper: none)")
     seed: int = option(0, "training", "seed of the split, the initial weights and the batches")
     # what does not change the numbers
     eval_every: int = option(1000, "run", "steps between evaluations")
@@ -86,7 +88,8 @@ class Config:
 
 # A preset replaces defaults; a flag on the command line replaces the preset's value.
 PRESETS = {
-    "laptop": dict(),
+    "laptop": dict(p=7, tasks=32, examples=24, depth=4, embd=64, init_std=0.125, optimizer="muon",
+                   lr=0.02, wd=0.5, batch=128, steps=2500, warmup=100, curriculum=600, eval_every=100),
 }
 
 MLP_RATIO = 4                 # MLP width / residual width
@@ -169,16 +172,39 @@ def to_tokens(tasks, inputs, p):
     return torch.cat((inputs, z), dim=-1).flatten(1)                                 # (B, 3k)
 
 
-def training_batch(tasks, inputs, per_task, k, p, generator):
+def line_of(inputs, p):
+    """The line through the origin on which each input (n, 2) lies: its ratio y/x, or p for x = 0."""
+    inverse = torch.tensor([0] + [pow(x, -1, p) for x in range(1, p)], device=inputs.device)
+    x, y = inputs.unbind(-1)
+    return torch.where(x > 0, y * inverse[x] % p, p)                                 # (n,)
+
+
+def training_batch(tasks, inputs, per_task, k, p, generator, lines=None):
     """
     A balanced batch: per_task sequences of each of n tasks, (n * per_task, 3k) tokens.
 
     The paper shows all tasks the same inputs at the same shot: sequences differ in their task alone,
-    so what tells them apart is the z tokens. Inputs are drawn with replacement.
+    so what tells them apart is the z tokens. Inputs are drawn evenly, with replacement.
+
+    lines (not in the paper, see --curriculum): each sequence keeps to the inputs on at most that many
+    lines through the origin. On one line any example answers any query, by Ratio Matching; with more
+    lines, the model must also find the example that does.
     """
-    draw = torch.randint(len(inputs), (per_task, k), generator=generator, device=inputs.device)
-    shared = inputs[draw].repeat(len(tasks), 1, 1)                             # (n * per_task, k, 2)
+    def draw(size):
+        return torch.randint(len(inputs), (per_task, size), generator=generator, device=inputs.device)
+    if lines is None:
+        chosen = draw(k)                                                             # (per_task, k)
+    else:
+        line = line_of(inputs, p)
+        allowed = (line[draw(lines)][:, :, None] == line).any(1)                     # (per_task, n)
+        chosen = torch.multinomial(allowed.float(), k, replacement=True, generator=generator)
+    shared = inputs[chosen].repeat(len(tasks), 1, 1)                           # (n * per_task, k, 2)
     return to_tokens(tasks.repeat_interleave(per_task, 0), shared, p)
+
+
+def curriculum_lines(step, cfg):
+    """How many lines a training sequence may use: from 1 to p + 1 over the curriculum, then None."""
+    return int((cfg.p + 1) ** (step / cfg.curriculum) + 1e-9) if step < cfg.curriculum else None
 
 
 def eval_sequences(split, ood, n, k, p, seed):
@@ -545,8 +571,7 @@ def train(cfg, checkpoint=None):
     def ask_to_stop(number, frame):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)         # a second one stops at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    handlers = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM)}
 
     tasks, inputs = split["id"].to(device), split["train_inputs"].to(device)
     per_task = math.ceil(cfg.batch / cfg.tasks)
@@ -558,7 +583,8 @@ def train(cfg, checkpoint=None):
     while step < cfg.steps and not stop and not signals:
         for group in param_groups(optimizers):
             group["lr"] = group["peak_lr"] * lr_factor(step, cfg.warmup, cfg.steps)
-        tokens = training_batch(tasks, inputs, per_task, cfg.examples, cfg.p, generator)
+        tokens = training_batch(tasks, inputs, per_task, cfg.examples, cfg.p, generator,
+                                curriculum_lines(step, cfg))
         with autocast:
             loss = z_loss(compiled, tokens)
         scaler.scale(loss).backward()
@@ -588,6 +614,8 @@ def train(cfg, checkpoint=None):
     bar.close()
     if signals:
         save("last.pt")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return signals[0] if signals else None
 
 # -------------------------------------------------------------------------------------------------
@@ -697,6 +725,7 @@ def validate(cfg):
     need(cfg.tasks <= cfg.batch <= 10 ** 6, "batch", f"must be from --tasks ({cfg.tasks}) to 1000000")
     need(0 <= cfg.warmup, "warmup", "must be zero or more")
     need(cfg.warmup < cfg.steps, "steps", f"must be more than --warmup ({cfg.warmup})")
+    need(0 <= cfg.curriculum, "curriculum", "must be zero (none) or more")
     need(0 <= cfg.seed < 2 ** 62, "seed", "must be zero or a positive integer below 2**62")
     need(1 <= cfg.eval_every, "eval_every", "must be at least 1")
     need(0 <= cfg.patience, "patience", "must be zero (never stop) or more")

@@ -116,6 +116,32 @@ def test_every_training_input_is_drawn_evenly():
     assert counts.min() > 850 and counts.max() < 1150
 
 
+def test_lines_go_through_the_origin():
+    p = 7
+    line = {xy: n for xy, n in zip(rows(g.grid(p)), g.line_of(g.grid(p), p).tolist())}
+    assert set(line.values()) == set(range(p + 1))
+    for (x, y), (u, v) in itertools.combinations(line, 2):
+        if (0, 0) not in ((x, y), (u, v)):
+            assert (line[x, y] == line[u, v]) == any((c * x % p, c * y % p) == (u, v) for c in range(p))
+
+
+@pytest.mark.parametrize("lines", [1, 2, 5])
+def test_curriculum_keeps_each_sequence_to_few_lines(lines):
+    p, inputs = 7, g.grid(7)[5:40]
+    batch = g.training_batch(torch.tensor([(3, 1)]), inputs, 500, 12, p,
+                             torch.Generator().manual_seed(0), lines)
+    xy = batch.unflatten(1, (12, 3))[..., :2]
+    assert set(rows(xy.flatten(0, 1))) == set(rows(inputs))                  # over sequences, all of them
+    used = [set(g.line_of(sequence, p).tolist()) for sequence in xy]
+    assert max(map(len, used)) == lines
+
+
+def test_curriculum_grows_from_one_line_to_all():
+    cfg = tiny(p=7, curriculum=600)
+    assert [g.curriculum_lines(s, cfg) for s in (0, 199, 200, 400, 599, 600)] == [1, 1, 2, 4, 7, None]
+    assert g.curriculum_lines(0, tiny(curriculum=0)) is None                 # the paper: none
+
+
 def test_evaluation_sets_hold_what_their_names_say():
     cfg = tiny(p=7, tasks=12, examples=6)
     split = g.make_split(cfg)
@@ -453,6 +479,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     (["--lr", "inf"], ["--lr inf"]),
     (["--wd", "-0.1"], ["--wd -0.1"]),
     (["--init-std", "0"], ["--init-std 0"]),
+    (["--curriculum", "-1"], ["--curriculum -1"]),
     (["--seed", "-1"], ["--seed -1"]),
     (["--eval-every", "0"], ["--eval-every 0"]),
     (["--patience", "-1"], ["--patience -1"]),
