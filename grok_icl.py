@@ -96,7 +96,7 @@ MLP_RATIO = 4                 # MLP width / residual width
 ROPE_BASE = 10_000            # rotary embedding's slowest wave length is about 2 pi times this
 ADAM_BETAS = (0.9, 0.98)
 MUON_ADAMW_LR = 3e-3          # under --optimizer muon, AdamW's rate for embedding and LayerNorm
-EVAL_SEQUENCES = 1024         # of each set, at every evaluation
+EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 4096       # of each set, in the closing report
 PHASE_THRESHOLD = 0.5         # last-shot accuracy on novel queries from which a set counts as good
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
@@ -622,33 +622,34 @@ def train(cfg, checkpoint=None):
 # 6. Report, command line, main
 # -------------------------------------------------------------------------------------------------
 
-def report(checkpoint, device):
-    """Print a checkpoint's accuracies on the *test* o.o.d. tasks, the oracles', and the phase."""
-    model, cfg = load_model(checkpoint, device)
-    sets = eval_sequences(checkpoint["split"], "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
-                          seed=cfg.seed + 1)
+def report(folder, device):
+    """Print the best checkpoint's accuracies, the *test* o.o.d. tasks' for the first time, and phase."""
+    best, last = (load_checkpoint(os.path.join(folder, name)) for name in ("best.pt", "last.pt"))
+    model, cfg = load_model(best, device)
     curves = {}
-    for name, tokens in sets.items():
-        tokens = tokens.to(device)
-        curves[name] = torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)]) * 100
-    # each (3, 2, k): model, Ratio Matching, Modular Regression; all queries, novel queries; shots
+    for name, tokens in eval_sequences(best["split"], "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
+                                       seed=cfg.seed + 1).items():
+        tokens = tokens.to(device)                    # (model, ratio, regression) x (all, novel) x shots
+        curves[name] = 100 * torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])
 
-    print(f"\nAccuracy in % after {cfg.examples - 1} shots (chance {100 / cfg.p:.0f}); o.o.d.: the test tasks\n"
-          f"                          all queries                novel queries\n"
-          f"                          model  ratio  regression   model  ratio  regression")
+    def cells(triple):
+        return "{:6.1f} {:6.1f} {:10.1f}   ".format(*triple)
+    header = " model  ratio  regression"
+    print(f"\nBest step {best['step']}: {best['history'][-1]['val_ood_test']:.2f} on validation o.o.d. tasks, "
+          f"test inputs. Last step {last['step']}: {last['history'][-1]['val_ood_test']:.2f}.\n\n"
+          f"Best step, accuracy in % after {cfg.examples - 1} shots; o.o.d. are the test tasks; chance is "
+          f"{100 / cfg.p:.1f}\n{'':27}all queries{'':17}novel queries\n{'':27}{header}   {header}")
     for name, curve in curves.items():
         kind, side = name.rsplit("_", 1)
         label = f"{'i.d.' if kind == 'id' else 'o.o.d.'} tasks, {side} inputs"
-        print(f"{label:26s}" + "  ".join("{:5.1f}  {:5.1f}  {:10.1f}".format(*curve[:, i, -1]) for i in (0, 1)))
+        print(f"{label:27}{cells(curve[:, 0, -1])}{cells(curve[:, 1, -1])}".rstrip())
     good = [bool(curve[0, 1, -1] >= 100 * PHASE_THRESHOLD) for curve in curves.values()]
-    print(f"Phase: {phase(good)} (good: {PHASE_THRESHOLD:.0%} of novel queries)\n\n"
-          f"o.o.d. tasks, novel queries, over shots:\n"
-          f"        train inputs               test inputs\n"
-          f"shots   model  ratio  regression   model  ratio  regression")
-    shots = [s for s in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64) if s < cfg.examples - 1] + [cfg.examples - 1]
-    for s in shots:
-        print(f"{s:5d}   " + "  ".join("{:5.1f}  {:5.1f}  {:10.1f}".format(
-            *curves[f"test_ood_{side}"][:, 1, s]) for side in ("train", "test")))
+    print(f"Phase: {phase(good)} (a set is good from {PHASE_THRESHOLD:.0%} of its novel queries)\n\n"
+          f"o.o.d. tasks, novel queries, over shots\n{'':10}train inputs{'':16}test inputs\n"
+          f"shots     {header}   {header}")
+    for s in [s for s in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24) if s < cfg.examples - 1] + [cfg.examples - 1]:
+        print(f"{s:5d}     " + "".join(
+            cells(curves[f"test_ood_{side}"][:, 1, s]) for side in ("train", "test")).rstrip())
 
 
 def parse_config(argv=None):
@@ -778,7 +779,7 @@ def main():
     if ended_by:
         print(f"Saved. To go on: python grok_icl.py --resume --out {cfg.out}")
         sys.exit(128 + ended_by)                      # 130 after Ctrl-C, 143 after SIGTERM
-    report(load_checkpoint(os.path.join(cfg.out, "best.pt")), pick_device(cfg))
+    report(cfg.out, pick_device(cfg))
 
 
 if __name__ == "__main__":
