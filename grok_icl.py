@@ -52,7 +52,7 @@ def option(default, group, help, choices=None):
 @dataclass
 class Config:
     """One run. The defaults are the paper's; each field is a command-line flag of the same name."""
-    # what is learned (paper, section 2)
+    # what is learned
     p: int = option(29, "task", "prime modulus; its residues are the whole vocabulary")
     tasks: int = option(512, "task", "pre-training tasks (a, b), out of p*p")
     alpha: float = option(0.8, "task", "fraction of the p*p inputs (x, y) that is trained on")
@@ -109,7 +109,7 @@ def die(message):
     raise SystemExit(2)
 
 # -------------------------------------------------------------------------------------------------
-# 2. Data: tasks, splits, batches (paper, section 2)
+# 2. Data: tasks, splits, batches
 # -------------------------------------------------------------------------------------------------
 
 def grid(p):
@@ -567,18 +567,20 @@ def train(cfg, checkpoint=None):
     else:
         compiled = model
 
-    signals = []
-    def ask_to_stop(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)         # a second one stops at once
-    handlers = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM)}
-
     tasks, inputs = split["id"].to(device), split["train_inputs"].to(device)
     per_task = math.ceil(cfg.batch / cfg.tasks)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
         split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed).items()}
     log_every, scores = max(1, cfg.eval_every // 20), ""
     bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    signals = []
+    def ask_to_stop(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)         # a second one stops at once, unsaved
+        bar.write("Finishing this step, then saving; once more stops at once.")
+    handlers = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM)}
+
     best, stop = follow(history, cfg)
     while step < cfg.steps and not stop and not signals:
         for group in param_groups(optimizers):
