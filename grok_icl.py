@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -88,8 +88,10 @@ class Config:
 
 # A preset replaces defaults; a flag on the command line replaces the preset's value.
 PRESETS = {
-    "laptop": dict(p=7, tasks=32, examples=24, depth=4, embd=64, init_std=0.125, optimizer="muon",
-                   lr=0.02, wd=0.5, batch=128, steps=2500, warmup=100, curriculum=600, eval_every=100),
+    # small enough for ten minutes of two CPU cores; see the README for how it was found
+    "laptop": dict(p=7, tasks=32, examples=20, depth=4, embd=64, init_std=0.125, optimizer="muon",
+                   lr=0.02, wd=0.5, batch=128, steps=2200, warmup=100, curriculum=700,
+                   eval_every=100, patience=8),
 }
 
 MLP_RATIO = 4                 # MLP width / residual width
@@ -172,11 +174,16 @@ def to_tokens(tasks, inputs, p):
     return torch.cat((inputs, z), dim=-1).flatten(1)                                 # (B, 3k)
 
 
+@cache
+def inverses(p, device):
+    """1/x mod p for each residue x, and 0 for 0: (p,). Cached, since a GPU waits for such a copy."""
+    return torch.tensor([0] + [pow(x, -1, p) for x in range(1, p)], device=device)
+
+
 def line_of(inputs, p):
     """The line through the origin on which each input (n, 2) lies: its ratio y/x, or p for x = 0."""
-    inverse = torch.tensor([0] + [pow(x, -1, p) for x in range(1, p)], device=inputs.device)
     x, y = inputs.unbind(-1)
-    return torch.where(x > 0, y * inverse[x] % p, p)                                 # (n,)
+    return torch.where(x > 0, y * inverses(p, inputs.device)[x] % p, p)              # (n,)
 
 
 def training_batch(tasks, inputs, per_task, k, p, generator, lines=None):
