@@ -577,7 +577,7 @@ def train(cfg, checkpoint=None):
     tasks, inputs = split["id"].to(device), split["train_inputs"].to(device)
     per_task = math.ceil(cfg.batch / cfg.tasks)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
-        split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed).items()}
+        split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
     log_every, scores = max(1, cfg.eval_every // 20), ""
     bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
 
@@ -637,7 +637,7 @@ def report(folder, device):
     model, cfg = load_model(best, device)
     curves = {}
     for name, tokens in eval_sequences(best["split"], "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
-                                       seed=cfg.seed + 1).items():
+                                       seed=cfg.seed + 2).items():
         tokens = tokens.to(device)                    # (model, ratio, regression) x (all, novel) x shots
         curves[name] = 100 * torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])
 
