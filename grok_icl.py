@@ -29,11 +29,13 @@ import csv
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -75,7 +77,7 @@ class Config:
     curriculum: int = option(0, "training", "steps in which sequences keep to few lines through the "
                              "origin, at first one (paper: none)")
     seed: int = option(0, "training", "seed of the split, the initial weights and the batches")
-    # what does not change the numbers
+    # how it is run
     eval_every: int = option(1000, "run", "steps between evaluations")
     patience: int = option(20, "run", "evaluations without a new best before stopping; 0: never")
     out: str = option("", "run", "folder of the run; by default out/ and the flags")
@@ -95,14 +97,15 @@ PRESETS = {
 }
 
 MLP_RATIO = 4                 # MLP width / residual width
-ROPE_BASE = 10_000            # rotary embedding's slowest wave length is about 2 pi times this
+ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1 over this
 ADAM_BETAS = (0.9, 0.98)
 MUON_ADAMW_LR = 3e-3          # under --optimizer muon, AdamW's rate for embedding and LayerNorm
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 4096       # of each set, in the closing report
+CHUNK = 256                   # sequences evaluated at once
 PHASE_THRESHOLD = 0.5         # last-shot accuracy on novel queries from which a set counts as good
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
-RUN_FILES = ("config.json", "metrics.csv", "best.pt", "last.pt")
+RUN_FILES = ("metrics.csv", "best.pt", "last.pt")
 
 
 def die(message):
@@ -234,7 +237,7 @@ def eval_sequences(split, ood, n, k, p, seed):
 # -------------------------------------------------------------------------------------------------
 
 def rotary_tables(length, width):
-    """cos and sin of position * frequency, each (length, width / 2): half a head's width rotates."""
+    """cos and sin of position * frequency, (length, width / 2): a head's width is that many pairs."""
     frequencies = ROPE_BASE ** (-torch.arange(0, width, 2) / width)
     angles = torch.outer(torch.arange(length), frequencies)
     return angles.cos(), angles.sin()
@@ -382,20 +385,22 @@ def accuracy(hits, tokens):
 
     hits are bools, counted in integers, or an oracle's expected scores.
     """
-    chosen = torch.stack((torch.ones_like(hits, dtype=torch.bool), novel_queries(tokens)))
-    return (hits * chosen).sum(1).double().cpu() / chosen.sum(1).cpu()
+    novel = torch.cat([novel_queries(t) for t in tokens.split(CHUNK)])
+    chosen = torch.stack((torch.ones_like(novel), novel))                            # (2, B, k)
+    return (hits * chosen).sum(1).cpu().double() / chosen.sum(1).cpu()
 
 
 @torch.no_grad()
-def evaluate(predict, tokens, chunk=256):
+def evaluate(predict, tokens):
     """Accuracy (2, k) of predict, a function from tokens (B, 3k - 1) to logits (B, k, p)."""
-    hits = [predict(t[:, :-1]).argmax(-1) == t[:, 2::3] for t in tokens.split(chunk)]
+    hits = [predict(t[:, :-1]).argmax(-1) == t[:, 2::3] for t in tokens.split(CHUNK)]
     return accuracy(torch.cat(hits), tokens)
 
 
 def oracle_accuracy(tokens, p):
     """Exact expected accuracies (2, k) of Ratio Matching and of Modular Regression, in that order."""
-    return [accuracy(torch.where(s, 1.0, 1 / p).double(), tokens) for s in solvable(tokens, p)]
+    solved = torch.cat([torch.stack(solvable(t, p)) for t in tokens.split(CHUNK)], dim=1)
+    return [accuracy(torch.where(s, 1.0, 1 / p).double(), tokens) for s in solved]
 
 
 def phase(good):
@@ -415,19 +420,19 @@ def make_optimizers(model, cfg):
     """
     AdamW with the paper's groups: matrices and embedding decay, LayerNorm does not.
 
-    With --optimizer muon the blocks' matrices go to Muon instead, which steps along the nearest
-    orthogonal matrix to the momentum: all directions of a matrix learn at the same rate. At laptop
-    scale it leaves the plateau in a fraction of AdamW's steps. Returns a list of optimizers.
+    With --optimizer muon the blocks' matrices go to Muon instead, which steps along the orthogonal
+    matrix nearest to the momentum: all directions of a matrix learn at one rate. Returns a list.
     """
     embedding = model.embedding.weight
     matrices = [w for w in model.parameters() if w.ndim == 2 and w is not embedding]
     vectors = [w for w in model.parameters() if w.ndim == 1]
     muon = cfg.optimizer == "muon"
-    adamw = torch.optim.AdamW(
+    optimizers = [torch.optim.AdamW(
         [{"params": [embedding] if muon else [embedding] + matrices, "weight_decay": cfg.wd},
          {"params": vectors, "weight_decay": 0.0}],
-        lr=MUON_ADAMW_LR if muon else cfg.lr, betas=ADAM_BETAS, fused=True)
-    optimizers = [adamw, torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.wd)] if muon else [adamw]
+        lr=MUON_ADAMW_LR if muon else cfg.lr, betas=ADAM_BETAS, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.wd))
     for group in param_groups(optimizers):
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -444,29 +449,77 @@ def lr_factor(step, warmup, steps):
     return 0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def early_stopping(curve, patience, chance):
+def early_stopping(history, patience, chance):
     """
-    From the accuracies so far: (index of the evaluation to keep, whether to stop now).
+    From the evaluations so far: (index of the one to keep, whether to stop now).
 
-    Until the best is clearly above chance there is nothing to lose yet, since grokking comes after a
-    long plateau: the newest evaluation is kept, and patience is not counted. patience 0 never stops.
+    Watches last-shot accuracy on validation o.o.d. tasks and test inputs, all queries (the novel ones
+    are few at small p, and noisy). Until its best is clearly above chance there is nothing to lose,
+    since grokking comes after a long plateau: the newest evaluation is kept, and patience is not
+    counted. patience 0 never stops.
     """
-    best = max(range(len(curve)), key=curve.__getitem__)
-    if curve[best] < chance + LEFT_CHANCE:
+    curve = [row["val_ood_test"] for row in history]
+    if not curve or max(curve) < chance + LEFT_CHANCE:
         return len(curve) - 1, False
+    best = curve.index(max(curve))
     return best, 0 < patience <= len(curve) - 1 - best
 
 
-def follow(history, cfg):
-    """Early stopping's decision on the evaluations so far: last-shot accuracy, validation tasks."""
-    curve = [row["val_ood_test"] for row in history]
-    return early_stopping(curve, cfg.patience, 1 / cfg.p) if curve else (0, False)
+def pick_device(cfg):
+    """The torch.device that --device names; auto is the first GPU, or the CPU."""
+    return torch.device(cfg.device if cfg.device != "auto" else
+                        "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mixed_precision(cfg, device):
+    """(autocast context, GradScaler): float16 alone needs its loss scaled, against underflow."""
+    amp = cfg.amp
+    if amp == "auto":
+        amp = ("off" if device.type != "cuda" else
+               "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return (torch.autocast(device.type, dtype, enabled=amp != "off"),
+            torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
+
+
+def start(cfg, checkpoint=None):
+    """All that changes while a run goes on: fresh, or as the checkpoint (its last.pt) left it."""
+    device = pick_device(cfg)
+    torch.manual_seed(cfg.seed)
+    run = SimpleNamespace(split=checkpoint["split"] if checkpoint else make_split(cfg),
+                          model=GPT(cfg).to(device), step=0, history=[], loss_steps=0,
+                          loss_sum=torch.zeros((), device=device),
+                          generator=torch.Generator(device).manual_seed(cfg.seed))
+    run.optimizers = make_optimizers(run.model, cfg)
+    run.autocast, run.scaler = mixed_precision(cfg, device)
+    if checkpoint:
+        run.step, run.history, run.loss_steps = (checkpoint[k] for k in ("step", "history", "loss_steps"))
+        run.loss_sum += checkpoint["loss_sum"].to(device)
+        run.model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(run.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        if checkpoint["scaler"]:
+            run.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["device"] == device.type:
+            run.generator.set_state(checkpoint["generator"])
+        else:                                         # CPU and GPU draw different random numbers
+            run.generator.manual_seed(cfg.seed + run.step)
+    return run
 
 
 def write_file(path, write):
     """Call write(temporary name), then rename: whoever reads path finds the old file or the new one."""
     write(path + ".tmp")
     os.replace(path + ".tmp", path)
+
+
+def save(run, cfg, name):
+    """Write all of the run, its split and config to cfg.out/name, for torch.load(weights_only=True)."""
+    state = dict(config=asdict(cfg), split=run.split, model=run.model.state_dict(),
+                 optimizers=[o.state_dict() for o in run.optimizers], scaler=run.scaler.state_dict(),
+                 generator=run.generator.get_state(), device=run.generator.device.type, step=run.step,
+                 history=run.history, loss_sum=run.loss_sum, loss_steps=run.loss_steps)
+    write_file(os.path.join(cfg.out, name), partial(torch.save, state))
 
 
 def write_csv(rows, path):
@@ -499,130 +552,106 @@ def load_model(checkpoint, device="cpu"):
     return model.to(device).eval(), cfg
 
 
-def pick_device(cfg):
-    """The torch.device that --device names; auto is the first GPU, or the CPU."""
-    return torch.device(cfg.device if cfg.device != "auto" else
-                        "cuda" if torch.cuda.is_available() else "cpu")
-
-
-def mixed_precision(cfg, device):
-    """(autocast context, GradScaler): float16 alone needs its loss scaled, against underflow."""
-    amp = cfg.amp
-    if amp == "auto":
-        amp = ("off" if device.type != "cuda" else
-               "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return (torch.autocast(device.type, dtype, enabled=amp != "off"),
-            torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
-
-
 def z_loss(model, tokens):
     """Mean cross-entropy of the z tokens, given all tokens before each: (B, 3k) -> scalar."""
     return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 2::3].flatten())
 
 
-def seconds_a_step(model, cfg):
-    """What a training step will take, from a timed slice of a batch."""
-    n = min(32, cfg.batch)
-    tokens = torch.zeros(n, 3 * cfg.examples, dtype=torch.long, device=model.cos.device)
-    for _ in range(2):                                                # the first one only warms up
-        start = time.perf_counter()
-        z_loss(model, tokens).backward()
-    model.zero_grad()
-    return (time.perf_counter() - start) * cfg.batch / n
+def compiled(run, cfg, batch):
+    """The model under torch.compile, tried on a batch of that size; where that fails, as it is."""
+    if cfg.compile == "off" or cfg.compile == "auto" and run.loss_sum.device.type != "cuda":
+        return run.model
+    model = torch.compile(run.model)
+    try:
+        with run.autocast:
+            loss = z_loss(model, torch.zeros(batch, 3 * cfg.examples, dtype=torch.long,
+                                             device=run.loss_sum.device))
+        loss.backward()
+    except Exception as e:
+        print(f"Not compiled ({type(e).__name__}); the run is slower, not different.")
+        model = run.model
+    run.model.zero_grad()
+    return model
 
 
-def train(cfg, checkpoint=None):
+def hours_left(run, cfg):
+    """Hours that the remaining steps will take, from a timed slice of a batch."""
+    tokens = torch.zeros(min(32, cfg.batch), 3 * cfg.examples, dtype=torch.long)
+    for _ in range(2):                                # the first one only warms up
+        begin = time.perf_counter()
+        z_loss(run.model, tokens).backward()
+        seconds = time.perf_counter() - begin
+    run.model.zero_grad()
+    return seconds * cfg.batch / len(tokens) * (cfg.steps - run.step) / 3600
+
+
+def train(run, cfg):
     """
     Train, evaluate every cfg.eval_every steps, and keep the run's files in cfg.out up to date.
 
-    checkpoint: the last.pt to go on from. Returns the number of the signal that ended the run early
-    (Ctrl-C's or SLURM's), or None.
+    Returns the number of the signal that ended the run early (Ctrl-C's or SLURM's), or None.
     """
-    device = pick_device(cfg)
-    autocast, scaler = mixed_precision(cfg, device)
-    split = checkpoint["split"] if checkpoint else make_split(cfg)
-    torch.manual_seed(cfg.seed)
-    model = GPT(cfg).to(device)
-    optimizers = make_optimizers(model, cfg)
-    generator = torch.Generator(device).manual_seed(cfg.seed)
-    step, loss_sum, loss_steps, history = 0, torch.zeros((), device=device), 0, []
-    if checkpoint:
-        step, history, loss_steps = (checkpoint[k] for k in ("step", "history", "loss_steps"))
-        loss_sum += checkpoint["loss_sum"].to(device)
-        model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        scaler.load_state_dict(checkpoint["scaler"])
-        generator.set_state(checkpoint["generator"])
-
-    def save(name):
-        state = dict(config=asdict(cfg), split=split, model=model.state_dict(),
-                     optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
-                     generator=generator.get_state(), step=step, history=history,
-                     loss_sum=loss_sum, loss_steps=loss_steps)
-        write_file(os.path.join(cfg.out, name), partial(torch.save, state))
-
-    if not checkpoint:
-        save("last.pt")                               # from here on there is something to resume
-    if device.type == "cpu" and (hours := seconds_a_step(model, cfg) * (cfg.steps - step) / 3600) > 2:
-        print(f"On this CPU the run takes about {hours:,.0f} hours. For minutes: --preset laptop. Going "
-              f"on; Ctrl-C saves and stops.", flush=True)
-    if cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda":
-        torch._dynamo.config.suppress_errors = True   # where it can't compile it runs uncompiled
-        compiled = torch.compile(model)
-    else:
-        compiled = model
-
-    tasks, inputs = split["id"].to(device), split["train_inputs"].to(device)
-    per_task = math.ceil(cfg.batch / cfg.tasks)
+    device, history = run.loss_sum.device, run.history
+    tasks, inputs = run.split["id"].to(device), run.split["train_inputs"].to(device)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
-        split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
-    log_every, scores = max(1, cfg.eval_every // 20), ""
-    bar = tqdm(total=cfg.steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
+    per_task = math.ceil(cfg.batch / cfg.tasks)
+    model = compiled(run, cfg, per_task * cfg.tasks)
+    if device.type == "cpu" and (hours := hours_left(run, cfg)) > 2:
+        print(f"This will take about {hours:,.0f} hours on this CPU; --preset laptop takes minutes. Going "
+              f"on all the same: Ctrl-C saves and stops.", flush=True)
+    bar = tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True, mininterval=0.5)
 
     signals = []
     def ask_to_stop(number, frame):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)         # a second one stops at once, unsaved
-        bar.write("Finishing this step, then saving; once more stops at once.")
+        bar.write("Finishing this step, then saving. Once more stops at once.")
     handlers = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM)}
 
-    best, stop = follow(history, cfg)
-    while step < cfg.steps and not stop and not signals:
-        for group in param_groups(optimizers):
-            group["lr"] = group["peak_lr"] * lr_factor(step, cfg.warmup, cfg.steps)
-        tokens = training_batch(tasks, inputs, per_task, cfg.examples, cfg.p, generator,
-                                curriculum_lines(step, cfg))
-        with autocast:
-            loss = z_loss(compiled, tokens)
-        scaler.scale(loss).backward()
-        for optimizer in optimizers:
-            scaler.step(optimizer)
+    save(run, cfg, "last.pt")                         # from here on there is something to resume
+    scores, stop = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1]
+    while run.step < cfg.steps and not stop and not signals:
+        factor = lr_factor(run.step, cfg.warmup, cfg.steps)
+        for group in param_groups(run.optimizers):
+            group["lr"] = group["peak_lr"] * factor
+        batch = training_batch(tasks, inputs, per_task, cfg.examples, cfg.p, run.generator,
+                               curriculum_lines(run.step, cfg))
+        with run.autocast:
+            loss = z_loss(model, batch)
+        run.scaler.scale(loss).backward()
+        for optimizer in run.optimizers:
+            run.scaler.step(optimizer)
             optimizer.zero_grad()
-        scaler.update()
-        step, loss_sum, loss_steps = step + 1, loss_sum + loss.detach(), loss_steps + 1
+        run.scaler.update()
+        run.step += 1
+        run.loss_sum += loss.detach()                 # stays on the device: reading it would wait
+        run.loss_steps += 1
         bar.update()
 
-        if step == 1 or step % log_every == 0:        # reading the loss makes a GPU wait: seldom
+        if run.step == 1 or run.step % max(1, cfg.eval_every // 20) == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f} {scores}", refresh=False)
-        if step % cfg.eval_every == 0 or step == cfg.steps:
-            row = {"step": step, "lr": group["lr"], "loss": loss_sum.item() / loss_steps}
-            with autocast:
+        if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
+            row = {"step": run.step, "lr": cfg.lr * factor, "loss": run.loss_sum.item() / run.loss_steps}
+            if not math.isfinite(row["loss"]):
+                sys.exit(f"error: the loss was {row['loss']} by step {run.step}; try a smaller --lr. "
+                         f"{cfg.out} is as it was at step {history[-1]['step'] if history else 0}")
+            with run.autocast:
                 for name, tokens in sets.items():
-                    row[name], row[f"{name}_novel"] = evaluate(model, tokens)[:, -1].tolist()
+                    row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
             history.append(row)
-            loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
-            best, stop = follow(history, cfg)
+            run.loss_sum, run.loss_steps = torch.zeros_like(run.loss_sum), 0
+            best, stop = early_stopping(history, cfg.patience, 1 / cfg.p)
             if best == len(history) - 1:
-                save("best.pt")
+                save(run, cfg, "best.pt")
             write_file(os.path.join(cfg.out, "metrics.csv"), partial(write_csv, history))
-            save("last.pt")
-            scores = "i.d. {id_train:.2f}/{id_test:.2f} o.o.d. {val_ood_train:.2f}/{val_ood_test:.2f}".format(**row)
-            bar.write(f"step {step:6d}  loss {row['loss']:.3f}  {scores}")
+            save(run, cfg, "last.pt")
+            scores = ("i.d. {id_train:.2f}/{id_test:.2f} o.o.d. {val_ood_train:.2f}/{val_ood_test:.2f}"
+                      .format(**row))
+            bar.write(f"step {run.step:6d}  loss {row['loss']:.3f}  {scores}")
     bar.close()
     if signals:
-        save("last.pt")
+        save(run, cfg, "last.pt")
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return signals[0] if signals else None
@@ -688,7 +717,9 @@ def parse_config(argv=None):
     preset = given.pop("preset", None)
     base = replace(Config(), **PRESETS.get(preset, {}))
     cfg = replace(base, **given)
-    cfg.out = given.get("out") or default_out(cfg, base, preset)
+    if given.get("out") == "":
+        die("--out '': name a folder, or leave the flag out")
+    cfg.out = cfg.out or default_out(cfg, base, preset)
     if not cfg.resume:
         validate(cfg)
         if any(os.path.exists(os.path.join(cfg.out, name)) for name in RUN_FILES):
@@ -702,8 +733,9 @@ def parse_config(argv=None):
     differ = [f"--{k.replace('_', '-')} {v} (saved: {getattr(saved, k)})"
               for k, v in asked.items() if k in fixed and v != getattr(saved, k)]
     if differ:
-        die(f"--resume: {cfg.out} was another configuration: {', '.join(differ)}")
-    cfg = replace(saved, **{k: v for k, v in asked.items() if k not in fixed}
+        die(f"--resume: {cfg.out} is a run of other settings: {', '.join(differ)}; "
+            f"only what --help lists under 'run' may change")
+    cfg = replace(saved, **{k: v for k, v in given.items() if k not in fixed}
                               | {"out": cfg.out, "resume": False})
     validate(cfg)
     return cfg, preset, checkpoint
@@ -715,36 +747,45 @@ def validate(cfg):
         if not ok:
             die(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: {accepted}")
 
-    p, n_inputs = cfg.p, round(cfg.alpha * cfg.p ** 2) if math.isfinite(cfg.alpha) else 0
+    def between(low, flag, high, name=""):
+        need(low <= getattr(cfg, flag) <= high, flag, f"must be from {name or low} to {high}")
+
+    for f in fields(Config):
+        if f.metadata["choices"]:
+            need(getattr(cfg, f.name) in f.metadata["choices"], f.name, f"one of {f.metadata['choices']}")
+    p = cfg.p
     need(3 <= p < 1000 and all(p % d for d in range(2, math.isqrt(p) + 1)), "p",
          "must be a prime from 3 to 997")
     need(1 <= cfg.tasks <= p * p - 2, "tasks",
          f"must be from 1 to {p * p - 2}: {p}*{p} tasks less one o.o.d. task each to validate and test")
     need(cfg.task_choice == "random" or cfg.tasks % 4 == 0, "tasks",
          "must be a multiple of 4 under --task-choice rectangular")
-    need(0 < cfg.alpha < 1 and 2 <= n_inputs <= p * p - 2, "alpha",
+    need(0 < cfg.alpha < 1 and 2 <= round(cfg.alpha * p * p) <= p * p - 2, "alpha",
          f"must lie between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
-    need(2 <= cfg.examples <= 4096, "examples", "must be from 2 to 4096")
-    need(1 <= cfg.depth <= 1000, "depth", "must be from 1 to 1000")
-    need(1 <= cfg.heads <= cfg.embd, "heads", "must be from 1 to --embd")
-    need(cfg.embd % (2 * cfg.heads) == 0 and cfg.embd <= 65536, "embd",
-         f"must be a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
-    need(0 < cfg.init_std < math.inf, "init_std", "must be a positive number")
+    between(2, "examples", 512)
+    between(1, "depth", 100)
+    between(1, "heads", 256)
+    need(0 < cfg.embd <= 16384 and cfg.embd % (2 * cfg.heads) == 0, "embd", f"must be a multiple of "
+         f"{2 * cfg.heads} up to 16384: {cfg.heads} heads, each of even width for the rotation")
+    need(0 < cfg.init_std <= 10, "init_std", "must be above 0, at most 10")
     need(0 < cfg.lr < math.inf, "lr", "must be a positive number")
     need(0 <= cfg.wd < math.inf, "wd", "must be zero or a positive number")
-    need(cfg.tasks <= cfg.batch <= 10 ** 6, "batch", f"must be from --tasks ({cfg.tasks}) to 1000000")
-    need(0 <= cfg.warmup, "warmup", "must be zero or more")
-    need(cfg.warmup < cfg.steps, "steps", f"must be more than --warmup ({cfg.warmup})")
-    need(0 <= cfg.curriculum, "curriculum", "must be zero (none) or more")
-    need(0 <= cfg.seed < 2 ** 62, "seed", "must be zero or a positive integer below 2**62")
-    need(1 <= cfg.eval_every, "eval_every", "must be at least 1")
-    need(0 <= cfg.patience, "patience", "must be zero (never stop) or more")
+    between(cfg.tasks, "batch", 10 ** 6, f"--tasks ({cfg.tasks})")
+    between(0, "warmup", 10 ** 9)
+    need(cfg.warmup < cfg.steps <= 10 ** 9, "steps", f"must be above --warmup ({cfg.warmup}), at most 10**9")
+    between(0, "curriculum", cfg.steps)
+    between(0, "seed", 2 ** 62)
+    between(1, "eval_every", 10 ** 9)
+    between(0, "patience", 10 ** 9)
     try:
-        torch.empty(1, device=pick_device(cfg))
+        device = pick_device(cfg)
+        torch.empty(1, device=device)
+        usable = device.type in ("cpu", "cuda")
     except (RuntimeError, AssertionError):
-        have = ["auto", "cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        need(False, "device", f"not on this machine; there is {', '.join(have)}")
-    need(cfg.amp != "fp16" or pick_device(cfg).type == "cuda", "amp", "needs a CUDA device")
+        usable = False
+    there = ["auto", "cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    need(usable, "device", f"not usable here; there is {', '.join(there)}")
+    need(cfg.amp != "fp16" or device.type == "cuda", "amp", "needs a CUDA device")
 
 
 def default_out(cfg, base, preset):
@@ -753,19 +794,6 @@ def default_out(cfg, base, preset):
     names = always + [f.name for f in fields(Config) if f.metadata["group"] != "run"
                       and f.name not in always and getattr(cfg, f.name) != getattr(base, f.name)]
     return os.path.join("out", "-".join([preset or "paper"] + [f"{n}{getattr(cfg, n)}" for n in names]))
-
-
-def announce(cfg, preset):
-    """Say what will run: the preset's deviations from the paper, batch, device, folder."""
-    if preset:
-        paper = Config()
-        print(f"Preset {preset}, (paper): " + ", ".join(
-            f"{k} {getattr(cfg, k)} ({getattr(paper, k)})" for k in PRESETS[preset]))
-    if cfg.batch % cfg.tasks:
-        print(f"--batch {cfg.batch} becomes {math.ceil(cfg.batch / cfg.tasks) * cfg.tasks}, "
-              f"the next multiple of {cfg.tasks} tasks: every task comes equally often")
-    print(f"p {cfg.p}, {cfg.tasks} tasks, alpha {cfg.alpha}, depth {cfg.depth}, seed {cfg.seed}; "
-          f"torch {torch.__version__} on {pick_device(cfg)}; {cfg.out}", flush=True)
 
 
 def claim_folder(cfg):
@@ -780,15 +808,37 @@ def claim_folder(cfg):
         die(f"--out {cfg.out}: can't be written ({e.strerror}); name a folder that can")
 
 
+def announce(cfg, preset):
+    """Say what will run: the preset's deviations from the paper, batch, device, folder."""
+    if preset:
+        print(f"Preset {preset} (and the paper): " + ", ".join(
+            f"{k} {getattr(cfg, k)} ({getattr(Config(), k)})" for k in PRESETS[preset]))
+    if cfg.batch % cfg.tasks:
+        print(f"--batch {cfg.batch} becomes {math.ceil(cfg.batch / cfg.tasks) * cfg.tasks}, "
+              f"the next multiple of {cfg.tasks} tasks: every task comes equally often")
+    print(f"p {cfg.p}, {cfg.tasks} tasks, alpha {cfg.alpha}, depth {cfg.depth}, seed {cfg.seed}; "
+          f"torch {torch.__version__} on {pick_device(cfg)}; {cfg.out}", flush=True)
+
+
 def main():
     cfg, preset, checkpoint = parse_config()
-    announce(cfg, preset)
+    try:
+        run = start(cfg, checkpoint)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        if not checkpoint:
+            raise
+        die(f"{cfg.out}/last.pt: damaged; it doesn't fit its own config ({type(e).__name__})")
     claim_folder(cfg)
-    ended_by = train(cfg, checkpoint)
+    announce(cfg, preset)
+    try:
+        ended_by = train(run, cfg)
+        if not ended_by:
+            report(cfg.out, pick_device(cfg))
+    except KeyboardInterrupt:                         # before the first step, or in the report
+        ended_by = signal.SIGINT
     if ended_by:
-        print(f"Saved. To go on: python grok_icl.py --resume --out {cfg.out}")
+        print(f"To go on: python grok_icl.py --resume --out {shlex.quote(cfg.out)}")
         sys.exit(128 + ended_by)                      # 130 after Ctrl-C, 143 after SIGTERM
-    report(cfg.out, pick_device(cfg))
 
 
 if __name__ == "__main__":

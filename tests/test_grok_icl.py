@@ -87,6 +87,17 @@ def test_rectangles_that_do_not_fit_are_refused(p, n, capsys):
     assert stop.value.code == 2 and "--task-choice random" in capsys.readouterr().err
 
 
+def test_evaluation_draws_other_sequences_than_training(tmp_path, monkeypatch):
+    """Were their seeds the same, the i.d. train set would hold the first training batches."""
+    cfg = tiny(p=29, tasks=16, examples=8, steps=40, eval_every=40, out=str(tmp_path))
+    seen, evaluated = set(), set()
+    batch, evaluate = g.training_batch, g.evaluate
+    monkeypatch.setattr(g, "training_batch", lambda *a: [b := batch(*a), seen.update(rows(b))][0])
+    monkeypatch.setattr(g, "evaluate", lambda f, tokens: [evaluated.update(rows(tokens)), evaluate(f, tokens)][1])
+    trained(cfg)
+    assert len(seen) == 640 and len(evaluated) > 2000 and not seen & evaluated
+
+
 def test_seed_decides_the_split():
     first, same, other = (g.make_split(tiny(seed=s)) for s in (0, 0, 1))
     assert all(torch.equal(first[k], same[k]) for k in first)
@@ -358,8 +369,9 @@ def test_decay_groups(optimizer):
 
 def stop_at(curve, patience=3, chance=0.1):
     """Feed a curve point by point: (index kept, evaluations seen when it stopped or None)."""
+    history = [{"val_ood_test": score} for score in curve]
     for n in range(1, len(curve) + 1):
-        best, stop = g.early_stopping(curve[:n], patience, chance)
+        best, stop = g.early_stopping(history[:n], patience, chance)
         if stop:
             return best, n
     return best, None
@@ -379,11 +391,16 @@ def run(argv, **kwargs):
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100, **kwargs)
 
 
+def trained(cfg):
+    g.claim_folder(cfg)
+    return g.train(g.start(cfg), cfg)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, optimizer):
     flags = ["--optimizer", optimizer]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    g.train(claimed(tiny(optimizer=optimizer, out=str(whole))))
+    trained(tiny(optimizer=optimizer, out=str(whole)))
 
     # stop it in the middle of two evaluations, as Ctrl-C would
     calls, batch = [], g.training_batch
@@ -393,22 +410,18 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, o
             os.kill(os.getpid(), signal.SIGINT)
         return batch(*args)
     monkeypatch.setattr(g, "training_batch", interrupting)
-    assert g.train(claimed(tiny(optimizer=optimizer, out=str(parts)))) == signal.SIGINT
+    assert trained(tiny(optimizer=optimizer, out=str(parts))) == signal.SIGINT
     monkeypatch.undo()
     assert torch.load(parts / "last.pt", weights_only=True)["step"] == 6
     cfg, _, checkpoint = g.parse_config(["--resume", "--out", str(parts)])
-    assert g.train(cfg, checkpoint) is None
+    assert g.train(g.start(cfg, checkpoint), cfg) is None
 
     assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
     for name in ("last.pt", "best.pt"):
         a, b = (torch.load(d / name, weights_only=True) for d in (whole, parts))
+        assert a.pop("device") == b.pop("device") == "cpu"
         assert {**a.pop("config"), "out": ""} == {**b.pop("config"), "out": ""}
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def claimed(cfg):
-    g.claim_folder(cfg)
-    return cfg
 
 
 def test_training_keeps_what_it_promises(tmp_path):
@@ -433,6 +446,12 @@ def test_training_keeps_what_it_promises(tmp_path):
     same = run(["--resume", "--out", str(out)])                  # a finished run reports once more
     assert same.returncode == 0
     assert same.stdout[same.stdout.index("Best step"):] == done.stdout[done.stdout.index("Best step"):]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    done = run([*TINY_FLAGS, "--lr", "1e30", "--out", str(tmp_path)])
+    assert done.returncode == 1 and "the loss was nan by step" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "best.pt").exists()
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
@@ -470,6 +489,14 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     (["--examples", "1"], ["--examples 1"]),
     (["--heads", "3"], ["--embd 512", "multiple of 6"]),
     (["--heads", "0"], ["--heads 0"]),
+    (["--embd", "0"], ["--embd 0", "multiple of 8"]),
+    (["--alpha", "1e308"], ["--alpha 1e+308"]),
+    (["--p", "1" + 200 * "0"], ["--p 1000"]),
+    (["--steps", "1" + 400 * "0"], ["--steps 1000"]),
+    (["--examples", "100000"], ["--examples 100000", "512"]),
+    (["--curriculum", "300000"], ["--curriculum 300000", "200000"]),
+    (["--out", ""], ["--out"]),
+    (["--device", "meta"], ["--device meta", "cpu"]),
     (["--embd", "12"], ["--embd 12", "even"]),
     (["--depth", "0"], ["--depth 0"]),
     (["--batch", "511"], ["--batch 511", "--tasks (512)"]),
@@ -494,9 +521,9 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
 ])
 def test_bad_input_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["grok_icl.py", *argv])
     with pytest.raises(SystemExit) as stop:
-        cfg, _, _ = g.parse_config(argv)
-        g.make_split(cfg)
+        g.main()
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and all(w in err for w in words), err
     assert not list(tmp_path.iterdir())
@@ -507,14 +534,24 @@ class Exploit:
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "text", "pickle", "foreign", "other fields", "empty"])
+@pytest.mark.parametrize("kind", ["truncated", "text", "pickle", "foreign", "other fields", "empty",
+                                  "other shapes", "no step"])
 def test_bad_checkpoints_are_refused(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "last.pt"
     if kind == "truncated":
-        g.train(claimed(tiny(out=str(tmp_path))))
+        trained(tiny(out=str(tmp_path)))
         path.write_bytes(path.read_bytes()[:2000])
         capsys.readouterr()
+    elif kind in ("other shapes", "no step"):
+        trained(tiny(out=str(tmp_path)))
+        capsys.readouterr()
+        checkpoint = torch.load(path, weights_only=True)
+        if kind == "no step":
+            del checkpoint["step"]
+        else:
+            checkpoint["config"]["embd"] = 32
+        torch.save(checkpoint, path)
     elif kind == "pickle":
         torch.save({"config": Exploit()}, path)
     elif kind == "foreign":
@@ -523,8 +560,11 @@ def test_bad_checkpoints_are_refused(kind, tmp_path, monkeypatch, capsys):
         torch.save({"model": {}, "split": {}, "config": {"p": "7"}}, path)
     else:
         path.write_text("" if kind == "empty" else "not a checkpoint")
+    monkeypatch.setattr(sys, "argv", ["grok_icl.py", "--resume", "--out", str(tmp_path)])
+    before = path.read_bytes()
     with pytest.raises(SystemExit) as stop:
-        g.parse_config(["--resume", "--out", str(tmp_path)])
+        g.main()
+    assert path.read_bytes() == before
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err
     assert not (tmp_path / "pwned").exists()
