@@ -91,9 +91,9 @@ class Config:
 # A preset replaces defaults; a flag on the command line replaces the preset's value.
 PRESETS = {
     # small enough for ten minutes of two CPU cores; see the README for how it was found
-    "laptop": dict(p=7, tasks=32, examples=20, depth=4, embd=64, init_std=0.125, optimizer="muon",
-                   lr=0.02, wd=0.5, batch=128, steps=2200, warmup=100, curriculum=700,
-                   eval_every=100, patience=8),
+    "laptop": dict(p=7, tasks=32, examples=16, depth=4, embd=64, init_std=0.125, optimizer="muon",
+                   lr=0.02, wd=0.5, batch=128, steps=2800, warmup=100, curriculum=700,
+                   eval_every=100, patience=10),
 }
 
 MLP_RATIO = 4                 # MLP width / residual width
