@@ -464,6 +464,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     process.send_signal(signal.SIGINT)
     stdout = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and f"--resume --out {out}" in stdout
+    assert "Finishing this step" in stdout                       # not torn out of the middle of one
     assert torch.load(out / "last.pt", weights_only=True)["step"] > 0
 
 # -------------------------------------------------------------------------------------------------
