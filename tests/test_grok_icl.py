@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import grok_icl as g  # noqa: E402
 
+torch.set_num_threads(1)          # tiny tensors: a second thread only waits for the first
+
 TINY = dict(p=5, tasks=8, alpha=0.8, examples=4, depth=2, heads=2, embd=16, init_std=0.1, lr=0.01,
             wd=0.1, batch=16, steps=12, warmup=2, eval_every=4, patience=0, device="cpu")
 TINY_FLAGS = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", str(v))]
