@@ -53,7 +53,7 @@ def option(default, group, help, choices=None):
 
 @dataclass
 class Config:
-    """One run. The defaults are the paper's; each field is a command-line flag of the same name."""
+    """One run; each field is a flag of that name. The defaults are the paper's, but for patience."""
     # what is learned
     p: int = option(29, "task", "prime modulus; its residues are the whole vocabulary")
     tasks: int = option(512, "task", "pre-training tasks (a, b), out of p*p")
@@ -336,7 +336,7 @@ class GPT(nn.Module):
         rotary, mask = (self.cos[:T], self.sin[:T]), self.future[:T, :T]
         x = self.embedding(tokens)                                                   # (B, T, C)
 
-        def note(name, value):
+        def note(name, value):                        # i is the block at hand
             if record is not None:
                 record[f"{i}.{name}"] = value
         if record is not None:
