@@ -46,9 +46,9 @@ from tqdm import tqdm
 # 1. Config
 # -------------------------------------------------------------------------------------------------
 
-def option(default, group, help, choices=None):
-    """A dataclass field that also knows its section of --help and the values it accepts."""
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def option(default, group, help, accepts=None):
+    """A dataclass field with its section of --help and what it accepts: (low, high), or a list."""
+    return field(default=default, metadata={"group": group, "help": help, "accepts": accepts})
 
 
 @dataclass
@@ -56,30 +56,29 @@ class Config:
     """One run; each field is a flag of that name. The defaults are the paper's, but for patience."""
     # what is learned
     p: int = option(29, "task", "prime modulus; its residues are the whole vocabulary")
-    tasks: int = option(512, "task", "pre-training tasks (a, b), out of p*p")
-    alpha: float = option(0.8, "task", "fraction of the p*p inputs (x, y) that is trained on")
-    examples: int = option(32, "task", "examples in a sequence, three tokens each")
+    tasks: int = option(512, "task", "pre-training tasks (a, b), out of p*p", (1, 10**6))
+    alpha: float = option(0.8, "task", "fraction of the p*p inputs (x, y) that is trained on", (0, 1))
+    examples: int = option(32, "task", "examples in a sequence, three tokens each", (2, 512))
     task_choice: str = option("rectangular", "task", "how the pre-training tasks are drawn",
                               ["rectangular", "random"])
     # the transformer
-    depth: int = option(2, "model", "transformer blocks; the paper has 2, 4 and 6")
-    heads: int = option(4, "model", "attention heads a block")
-    embd: int = option(512, "model", "width of the residual stream; the MLP is 4 times as wide")
-    init_std: float = option(0.02, "model", "standard deviation of the initial weights")
+    depth: int = option(2, "model", "transformer blocks; the paper has 2, 4 and 6", (1, 100))
+    heads: int = option(4, "model", "attention heads a block", (1, 256))
+    embd: int = option(512, "model", "width of the residual stream; the MLP is 4 times as wide", (2, 16384))
+    init_std: float = option(0.02, "model", "standard deviation of the initial weights", (1e-6, 10))
     # how it is trained
-    optimizer: str = option("adamw", "training", "what updates the weight matrices",
-                            ["adamw", "muon"])
-    lr: float = option(1.5e-4, "training", "peak learning rate (paper: 1e-4 for random tasks)")
-    wd: float = option(2.0, "training", "weight decay of matrices and embedding")
-    batch: int = option(1024, "training", "sequences a step, rounded up to a multiple of --tasks")
-    steps: int = option(200_000, "training", "training steps; the cosine schedule ends here")
-    warmup: int = option(10_000, "training", "steps of linear warm-up")
+    optimizer: str = option("adamw", "training", "what updates the weight matrices", ["adamw", "muon"])
+    lr: float = option(1.5e-4, "training", "peak learning rate (paper: 1e-4 for random tasks)", (1e-12, 1e3))
+    wd: float = option(2.0, "training", "weight decay of matrices and embedding", (0, 1e3))
+    batch: int = option(1024, "training", "sequences a step, rounded up to a multiple of --tasks", (1, 10**6))
+    steps: int = option(200_000, "training", "training steps; the cosine schedule ends here", (1, 10**9))
+    warmup: int = option(10_000, "training", "steps of linear warm-up", (0, 10**9))
     curriculum: int = option(0, "training", "steps in which sequences keep to few lines through the "
-                             "origin, at first one (paper: none)")
-    seed: int = option(0, "training", "seed of the split, the initial weights and the batches")
+                             "origin, at first one (paper: none)", (0, 10**9))
+    seed: int = option(0, "training", "seed of the split, the initial weights and the batches", (0, 2**62))
     # how it is run
-    eval_every: int = option(1000, "run", "steps between evaluations")
-    patience: int = option(20, "run", "evaluations without a new best before stopping; 0: never")
+    eval_every: int = option(1000, "run", "steps between evaluations", (1, 10**9))
+    patience: int = option(20, "run", "evaluations without a new best before stopping; 0: never", (0, 10**9))
     out: str = option("", "run", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, "run", "continue the run in --out; its flags need no repeating")
     device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
@@ -705,14 +704,12 @@ def parse_config(argv=None):
         f"{name}: " + " ".join(f"{k} {v}" for k, v in p.items()) for name, p in PRESETS.items()))
     sections = {}
     for f in fields(Config):
-        group, choices = f.metadata["group"], f.metadata["choices"]
+        group, text, accepts = f.metadata["group"], f.metadata["help"], f.metadata["accepts"]
         section = sections.setdefault(group, parser.add_argument_group(group))
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.type is bool:
-            section.add_argument(flag, action="store_true", help=text)
-        else:
-            section.add_argument(flag, type=f.type, choices=choices, help=f"{text} [{f.default}]",
-                                 metavar=None if choices else f.type.__name__.upper())
+        section.add_argument("--" + f.name.replace("_", "-"), **(
+            dict(action="store_true", help=text) if f.type is bool else
+            dict(type=f.type, help=f"{text} [{f.default}]",
+                 metavar="|".join(accepts) if isinstance(accepts, list) else f.type.__name__.upper())))
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset", None)
     base = replace(Config(), **PRESETS.get(preset, {}))
@@ -747,36 +744,26 @@ def validate(cfg):
         if not ok:
             die(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: {accepted}")
 
-    def between(low, flag, high, name=""):
-        need(low <= getattr(cfg, flag) <= high, flag, f"must be from {name or low} to {high}")
-
     for f in fields(Config):
-        if f.metadata["choices"]:
-            need(getattr(cfg, f.name) in f.metadata["choices"], f.name, f"one of {f.metadata['choices']}")
+        accepts, value = f.metadata["accepts"], getattr(cfg, f.name)
+        if isinstance(accepts, list):
+            need(value in accepts, f.name, f"must be one of {', '.join(accepts)}")
+        elif accepts:
+            need(accepts[0] <= value <= accepts[1], f.name, f"must be from {accepts[0]} to {accepts[1]}")
     p = cfg.p
     need(3 <= p < 1000 and all(p % d for d in range(2, math.isqrt(p) + 1)), "p",
          "must be a prime from 3 to 997")
-    need(1 <= cfg.tasks <= p * p - 2, "tasks",
-         f"must be from 1 to {p * p - 2}: {p}*{p} tasks less one o.o.d. task each to validate and test")
+    need(cfg.tasks <= p * p - 2, "tasks",
+         f"must be at most {p * p - 2}: {p}*{p} tasks less one o.o.d. task each to validate and test")
     need(cfg.task_choice == "random" or cfg.tasks % 4 == 0, "tasks",
          "must be a multiple of 4 under --task-choice rectangular")
-    need(0 < cfg.alpha < 1 and 2 <= round(cfg.alpha * p * p) <= p * p - 2, "alpha",
+    need(2 <= round(cfg.alpha * p * p) <= p * p - 2, "alpha",
          f"must lie between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
-    between(2, "examples", 512)
-    between(1, "depth", 100)
-    between(1, "heads", 256)
-    need(0 < cfg.embd <= 16384 and cfg.embd % (2 * cfg.heads) == 0, "embd", f"must be a multiple of "
-         f"{2 * cfg.heads} up to 16384: {cfg.heads} heads, each of even width for the rotation")
-    need(0 < cfg.init_std <= 10, "init_std", "must be above 0, at most 10")
-    need(0 < cfg.lr < math.inf, "lr", "must be a positive number")
-    need(0 <= cfg.wd < math.inf, "wd", "must be zero or a positive number")
-    between(cfg.tasks, "batch", 10 ** 6, f"--tasks ({cfg.tasks})")
-    between(0, "warmup", 10 ** 9)
-    need(cfg.warmup < cfg.steps <= 10 ** 9, "steps", f"must be above --warmup ({cfg.warmup}), at most 10**9")
-    between(0, "curriculum", cfg.steps)
-    between(0, "seed", 2 ** 62)
-    between(1, "eval_every", 10 ** 9)
-    between(0, "patience", 10 ** 9)
+    need(cfg.embd % (2 * cfg.heads) == 0, "embd", f"must be a multiple of {2 * cfg.heads}: "
+         f"{cfg.heads} heads, each of even width for the rotation")
+    need(cfg.batch >= cfg.tasks, "batch", f"must be at least --tasks ({cfg.tasks})")
+    need(cfg.steps > cfg.warmup, "steps", f"must be above --warmup ({cfg.warmup})")
+    need(cfg.steps >= cfg.curriculum, "curriculum", f"must be at most --steps ({cfg.steps})")
     try:
         device = pick_device(cfg)
         torch.empty(1, device=device)
