@@ -390,16 +390,25 @@ def accuracy(hits, tokens):
 
 
 @torch.no_grad()
+def correct(predict, tokens):
+    """Which z are answered right, (B, k), by a function from tokens (B, 3k - 1) to logits (B, k, p)."""
+    return torch.cat([predict(t[:, :-1]).argmax(-1) == t[:, 2::3] for t in tokens.split(CHUNK)])
+
+
 def evaluate(predict, tokens):
-    """Accuracy (2, k) of predict, a function from tokens (B, 3k - 1) to logits (B, k, p)."""
-    hits = [predict(t[:, :-1]).argmax(-1) == t[:, 2::3] for t in tokens.split(CHUNK)]
-    return accuracy(torch.cat(hits), tokens)
+    """Accuracy (2, k) of such a function."""
+    return accuracy(correct(predict, tokens), tokens)
 
 
 def oracle_accuracy(tokens, p):
     """Exact expected accuracies (2, k) of Ratio Matching and of Modular Regression, in that order."""
     solved = torch.cat([torch.stack(solvable(t, p)) for t in tokens.split(CHUNK)], dim=1)
     return [accuracy(torch.where(s, 1.0, 1 / p).double(), tokens) for s in solved]
+
+
+def some_shots(examples):
+    """The numbers of shots that a table shows, up to all that a sequence has."""
+    return [s for s in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24) if s < examples - 1] + [examples - 1]
 
 
 def phase(good):
@@ -464,10 +473,17 @@ def early_stopping(history, patience, chance):
     return best, 0 < patience <= len(curve) - 1 - best
 
 
-def pick_device(cfg):
-    """The torch.device that --device names; auto is the first GPU, or the CPU."""
-    return torch.device(cfg.device if cfg.device != "auto" else
-                        "cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(name):
+    """The torch.device of that name; auto is the first GPU, or the CPU. Exits where it isn't there."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=device)
+        if device.type in ("cpu", "cuda"):
+            return device
+    except (RuntimeError, AssertionError):
+        pass
+    there = ["auto", "cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    die(f"--device {name}: not usable here; there is {', '.join(there)}")
 
 
 def mixed_precision(cfg, device):
@@ -483,7 +499,7 @@ def mixed_precision(cfg, device):
 
 def start(cfg, checkpoint=None):
     """All that changes while a run goes on: fresh, or as the checkpoint (its last.pt) left it."""
-    device = pick_device(cfg)
+    device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     run = SimpleNamespace(split=checkpoint["split"] if checkpoint else make_split(cfg),
                           model=GPT(cfg).to(device), step=0, history=[], loss_steps=0,
@@ -684,7 +700,7 @@ def report(folder, device):
     print(f"Phase: {phase(good)} (a set is good from {PHASE_THRESHOLD:.0%} of its novel queries)\n\n"
           f"o.o.d. tasks, novel queries, over shots\n{'':10}train inputs{'':16}test inputs\n"
           f"shots     {header}   {header}")
-    for s in [s for s in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24) if s < cfg.examples - 1] + [cfg.examples - 1]:
+    for s in some_shots(cfg.examples):
         print(f"{s:5d}     " + "".join(
             cells(curves[f"test_ood_{side}"][:, 1, s]) for side in ("train", "test")).rstrip())
 
@@ -764,14 +780,7 @@ def validate(cfg):
     need(cfg.batch >= cfg.tasks, "batch", f"must be at least --tasks ({cfg.tasks})")
     need(cfg.steps > cfg.warmup, "steps", f"must be above --warmup ({cfg.warmup})")
     need(cfg.steps >= cfg.curriculum, "curriculum", f"must be at most --steps ({cfg.steps})")
-    try:
-        device = pick_device(cfg)
-        torch.empty(1, device=device)
-        usable = device.type in ("cpu", "cuda")
-    except (RuntimeError, AssertionError):
-        usable = False
-    there = ["auto", "cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    need(usable, "device", f"not usable here; there is {', '.join(there)}")
+    device = pick_device(cfg.device)
     need(cfg.amp != "fp16" or device.type == "cuda", "amp", "needs a CUDA device")
 
 
@@ -804,7 +813,7 @@ def announce(cfg, preset):
         print(f"--batch {cfg.batch} becomes {math.ceil(cfg.batch / cfg.tasks) * cfg.tasks}, "
               f"the next multiple of {cfg.tasks} tasks: every task comes equally often")
     print(f"p {cfg.p}, {cfg.tasks} tasks, alpha {cfg.alpha}, depth {cfg.depth}, seed {cfg.seed}; "
-          f"torch {torch.__version__} on {pick_device(cfg)}; {cfg.out}", flush=True)
+          f"torch {torch.__version__} on {pick_device(cfg.device)}; {cfg.out}", flush=True)
 
 
 def main():
@@ -820,7 +829,7 @@ def main():
     try:
         ended_by = train(run, cfg)
         if not ended_by:
-            report(cfg.out, pick_device(cfg))
+            report(cfg.out, pick_device(cfg.device))
     except KeyboardInterrupt:                         # before the first step, or in the report
         ended_by = signal.SIGINT
     if ended_by:
