@@ -38,7 +38,7 @@ import grok_icl as g
 SEED = 7                      # of the contexts and of all random relabellings
 CONTEXTS = 8                  # over which the measures of sections 5 to 7 are averaged
 QUERIES = 4096                # a shot of the skill table: as many contexts as make this many queries
-SEQUENCES = 1024              # of each set, for attention and ablations
+SEQUENCES = 512               # of each set, for attention and ablations
 RELABELLINGS = 1000           # random orders of the residues behind a null
 ONE_FREQUENCY = 0.5           # share of its variance from which a neuron counts as one-frequency
 KEEP = 3                      # dominant frequency pairs that the causal test keeps or removes
@@ -94,7 +94,7 @@ def powers(base, p):
 
 def generators(p):
     """The residues whose powers are all non-zero residues."""
-    return [base for base in range(2 if p > 3 else 1, p) if len(powers(base, p).unique()) == p - 1]
+    return [base for base in range(2, p) if len(powers(base, p).unique()) == p - 1]
 
 
 def relabelled(order, n, seed):
@@ -156,9 +156,9 @@ def part_shots(lab):
         label = f"{'i.d.' if kind == 'id' else 'o.o.d.'} tasks, {side} inputs"
         print(f"{label:28}{percent(curve[:, 0, -1], 8)}    {percent(curve[:, 1, -1], 8)}")
     model, ratio, _, memory = arrays["test_ood_test"][:, 1, -1]
-    print(f"On new tasks and new inputs the model has {100 * model:.0f}%, Ratio Matching {100 * ratio:.0f}%, memory of "
-          f"the {len(lab.split['id'])} pre-training tasks {100 * memory:.0f}%.")
-    return numbers, arrays
+    return numbers, arrays, (
+        f"On new tasks and novel new inputs the model has {100 * model:.0f}%, Ratio Matching {100 * ratio:.0f}%, memory of "
+        f"the {len(lab.split['id'])} pre-training tasks {100 * memory:.0f}%; chance is {100 / lab.p:.0f}%.")
 
 # -------------------------------------------------------------------------------------------------
 # 3. Skills: what kind of query does the model answer? (figure 5)
@@ -220,10 +220,10 @@ def part_skills(lab):
                 for a, e, w in zip(row, error, share)))
     accuracy, error, share = (arrays[f"all_{a}"] for a in ("accuracy", "error", "share"))
     many = np.where(share[:, 2] > 0.01, accuracy[:, 2], -1).argmax()                 # of enough queries to tell
-    print(f"Of what Ratio Matching can answer, {100 * accuracy[-1, 1]:.0f}% are right after {shots[-1]} shots. Of what "
-          f"only Modular Regression can,\n{100 * accuracy[many, 2]:.0f} ± {100 * error[many, 2]:.0f}% are at best "
-          f"({shots[many]} shots), where chance is {100 / p:.0f}%.")
-    return numbers, arrays
+    return numbers, arrays, (
+        f"Of what Ratio Matching can answer, {100 * accuracy[0, 1]:.0f}% are right after {shots[0]} shot and "
+        f"{100 * accuracy[-1, 1]:.0f}% after {shots[-1]}. Of what only Modular Regression can, "
+        f"{100 * accuracy[many, 2]:.0f} ± {100 * error[many, 2]:.0f}% at best ({shots[many]} shots); chance is {100 / p:.0f}%.")
 
 # -------------------------------------------------------------------------------------------------
 # 4. Attention (figure 6)
@@ -260,7 +260,7 @@ def attention_masses(weights, tokens, p):
 
 @torch.no_grad()
 def part_attention(lab):
-    """Attention masses of every head on o.o.d. tasks, and mean maps and one sequence's of six examples."""
+    """Attention masses of every head on o.o.d. tasks, and mean maps and one sequence's, first five examples."""
     sets = g.eval_sequences(lab.split, "test_ood", SEQUENCES, lab.k, lab.p, SEED)
     tokens = torch.cat([sets["test_ood_train"], sets["test_ood_test"]]).to(lab.device)
     chunks = []
@@ -268,11 +268,11 @@ def part_attention(lab):
         record = Record(lambda name, value: value if "attention" in name else None)
         lab.model(t, record, everywhere=True)
         chunks.append([attention_masses(record[f"{i}.attention"], t.cpu(), lab.p) for i in lab.blocks]
-                      + [torch.stack([record[f"{i}.attention"][..., :18, :18].mean(0) for i in lab.blocks])])
+                      + [torch.stack([record[f"{i}.attention"][..., :15, :15].mean(0) for i in lab.blocks])])
     one = Record(lambda name, value: value if "attention" in name else None)
     lab.model(tokens[:1], one, everywhere=True)
-    arrays = {"mean": torch.stack([c[-1] for c in chunks]).mean(0).numpy(), "tokens": tokens[0, :18].cpu().numpy(),
-              "one": torch.stack([one[f"{i}.attention"][0, :, :18, :18] for i in lab.blocks]).numpy()}
+    arrays = {"mean": torch.stack([c[-1] for c in chunks]).mean(0).numpy(), "tokens": tokens[0, :15].cpu().numpy(),
+              "one": torch.stack([one[f"{i}.attention"][0, :, :15, :15] for i in lab.blocks]).numpy()}
     numbers = {}
     say("Attention at a query's y: share of it, in %, and attention to the examples on the query's line",
         f"{'head':6}" + "".join(f"{name:>11}" for name in ("own x", "own y", "earlier x", "earlier y", "earlier z"))
@@ -283,9 +283,9 @@ def part_attention(lab):
             numbers[f"{i}.{h}"] = row
             print(f"{i}.{h:<4}" + percent(list(row.values())[:5], 11) + f"{row['on the line']:14.2f}")
     best = max(numbers, key=lambda h: numbers[h]["on the line"])
-    print(f"Ratio attention: head {best} gives {numbers[best]['on the line']:.1f} times as much to the examples on the "
-          f"query's line as to others alike.")
-    return numbers, arrays
+    return numbers, arrays, (
+        f"Head {best} gives the examples on the query's line {numbers[best]['on the line']:.1f} times the attention that "
+        f"an even spread over examples would.")
 
 # -------------------------------------------------------------------------------------------------
 # 5. PCA of heads, and whether a circle is one (figures 1d, 1e, 6)
@@ -352,13 +352,14 @@ def part_pca(lab):
                 percent([row[group]["circle"], row[group]["null 95%"]], 8) + f"{row[group]['p']:8.3f}    "
                 for group in ("multiplicative", "additive")))
     below = {group: sum(row[group]["p"] <= 0.01 for row in numbers.values()) for group in lab.orders}
-    best = max(numbers, key=lambda name: numbers[name]["multiplicative"]["circle"] - numbers[name]["multiplicative"]["null 95%"])
+    best = max((name for name in numbers if name.endswith("xy")),
+               key=lambda name: numbers[name]["multiplicative"]["circle"] - numbers[name]["multiplicative"]["null 95%"])
     row = numbers[best]["multiplicative"]
-    print(f"Of {len(numbers)} (head, positions), p is at most 0.01 for {below['multiplicative']} by discrete logarithm "
-          f"and {below['additive']} by residue; by chance {0.01 * len(numbers):.1f}.\nFurthest above its null: head {best}, "
-          f"{100 * row['circle']:.0f}% against {100 * row['null 95%']:.0f}%.")
+    finding = (f"A circle in head {best[:-3]}: {100 * row['circle']:.0f}% of the plane's variance in the order of the "
+               f"logarithm, null {100 * row['null 95%']:.0f}%. Of {len(numbers)} (head, positions), p is at most 0.01 for "
+               f"{below['multiplicative']} by logarithm, {below['additive']} by residue; by chance {0.01 * len(numbers):.1f}.")
     numbers["best"] = best
-    return numbers, arrays
+    return numbers, arrays, finding
 
 # -------------------------------------------------------------------------------------------------
 # 6. Fourier: one character, of which group?
@@ -481,12 +482,10 @@ def part_fourier(lab):
             cells = [groups[group]["as a whole"][h] for group in ("multiplicative", "additive")]
             print(f"{name.replace('.heads', f'.{h}'):12}" + "".join(
                 f"{c['frequency']:>9}{100 * c['share']:6.1f} ({100 * c['null 95%']:4.1f}), p {c['p']:.2f}    " for c in cells))
-    layers = [name for name in numbers if name.endswith("neurons")]
-    for group in lab.orders:
-        there = [name for name in layers if numbers[name][group]["p"] <= 2 / (n + 1)]
-        print(f"More one-frequency neurons than (nearly) any random order gives, {group} group: "
-              f"{', '.join(there) if there else 'in no layer'}.")
-    return numbers, arrays
+    there = {group: [name for name in numbers if name.endswith("neurons") and numbers[name][group]["p"] <= 2 / (n + 1)]
+             for group in lab.orders}
+    return numbers, arrays, "More one-frequency neurons than (nearly) any random order gives: " + "; ".join(
+        f"{group}, {', '.join(names) if names else 'in no layer'}" for group, names in there.items()) + "."
 
 # -------------------------------------------------------------------------------------------------
 # 7. Cosine similarity (figure 7)
@@ -535,9 +534,8 @@ def part_similarity(lab):
         print(f"{i:<14d}" + "    ".join(f"{r['gap']:8.3f}{r['null 95%']:8.3f}{r['p']:8.3f}"
                                         for r in (numbers[f"{i} y"], numbers[f"{i} z"])))
     best = max(numbers, key=lambda name: numbers[name]["gap"])
-    print(f"The ratio shows most after block {best.replace(' ', ', at ')}: {numbers[best]['gap']:+.3f}, "
-          f"p = {numbers[best]['p']:.3f}.")
-    return numbers, arrays
+    return numbers, arrays, (f"The ratio y/x shows most after block {best.replace(' ', ', at ')}: inputs of equal ratio are "
+                             f"more alike by {numbers[best]['gap']:.2f}, null {numbers[best]['null 95%']:.2f}.")
 
 # -------------------------------------------------------------------------------------------------
 # 8. Causal tests: take a part away, and see which skill goes with it (not in the paper)
@@ -633,18 +631,26 @@ def part_causal(lab):
         "".join(f"{SKILLS[s]:>11}" for _, s in columns))
     for name, r in numbers.items():
         print(f"{name:10}" + percent(r.values(), 11))
+    finding = []
     for column in ("ratio, train inputs", "ratio, test inputs", "regression, train inputs"):
+        whole = numbers["nothing"][column]
         worst = sorted(named, key=lambda name: numbers[name][column])[:3]
-        print(f"{column:25} {100 * numbers['nothing'][column]:3.0f}%; falls most without " + ", ".join(
-            f"{name} ({100 * numbers[name][column]:.0f}%)" for name in worst))
+        finding.append(f"{column}: {100 * whole:.0f}%" + (
+            ", about chance: nothing to take away" if whole < 1 / lab.p + 0.05 else "; without " + ", ".join(
+                f"{name} {100 * numbers[name][column]:.0f}%" for name in worst)))
     frequencies = frequency_tests(lab)
-    return {"ablation": numbers, "frequencies": frequencies}, {}
+    for name, row in frequencies.items():
+        if name != "unchanged" and abs(row["multiplicative"]["only"] - row["additive"]["only"]) > 0.2:
+            finding.append(f"{name} with only {KEEP} frequency pairs each: " + ", ".join(
+                f"{group} {100 * row[group]['only']:.0f}% (random ones {100 * np.mean(row[group]['only random']):.0f}%)"
+                for group in lab.orders))
+    return {"ablation": numbers, "frequencies": frequencies}, {}, ". ".join(finding) + "."
 
 
 @torch.no_grad()
 def frequency_tests(lab):
     """Accuracy on ratio queries (x, y not 0) with a layer's activations at the query's y filtered."""
-    p, n = lab.p, max(2, min(16, 2048 // lab.p ** 2))
+    p, n = lab.p, max(2, min(CONTEXTS, 2048 // lab.p ** 2))
     tasks, inputs = contexts(lab.split, "val_ood", n, lab.k - 1, SEED)
     seen = [activations(lab.model, task, xy, p) for task, xy in zip(tasks, inputs)]
     tasks, inputs = contexts(lab.split, "test_ood", n, lab.k - 1, SEED + 1)
@@ -715,14 +721,13 @@ SETS = ("id_train", "id_test", "val_ood_train", "val_ood_test")
 def part_curves(lab):
     """The four accuracies over training, with the step that early stopping kept."""
     if not os.path.isdir(lab.path):
-        say("Training", f"{lab.path} is a single checkpoint; the curves are in a run's folder.")
-        return {}, {}
+        return {}, {}, f"{lab.path} is a single checkpoint; the curves of a training are in its run's folder."
     history = read_metrics(lab.path)
     best = history[g.early_stopping(history, lab.cfg.patience, 1 / lab.p)[0]]
-    say("Training", f"best step {best['step']:.0f} of {history[-1]['step']:.0f}: o.o.d. validation tasks, test inputs "
-        f"{100 * best['val_ood_test']:.1f}%, at the end {100 * history[-1]['val_ood_test']:.1f}%.")
     return ({"best": best, "last": history[-1]},
-            {name: np.array([row[name] for row in history]) for name in ("step", "loss") + SETS})
+            {name: np.array([row[name] for row in history]) for name in ("step", "loss") + SETS},
+            f"Best step {best['step']:.0f} of {history[-1]['step']:.0f}: validation o.o.d. tasks, test inputs "
+            f"{100 * best['val_ood_test']:.0f}%, at the end {100 * history[-1]['val_ood_test']:.0f}%.")
 
 
 def phases(folders):
@@ -801,7 +806,7 @@ def draw_skills(plt, lab, numbers, arrays):
             if i == 0:
                 x, y = arrays["context"][:shots[s]].T
                 ax.plot(x, y, ".", color="white", ms=40 / lab.p + 1)
-                ax.set_title(f"{shots[s]} shot" + "s" * (shots[s] > 1))
+                ax.set_title(f"{shots[s]} shot{'s' if shots[s] > 1 else ''}")
             ax.set_xticks([0, lab.p - 1])
             ax.set_yticks([0, lab.p - 1])
         axes[2, j].set_xlabel("query's x")
@@ -851,15 +856,15 @@ def draw_pca(plt, lab, numbers, arrays):
     log = {x: k for k, x in enumerate(order)}
     x, y = (t.numpy() for t in g.grid(p).T)
     logs = np.array([log.get(v, -1) for v in range(p)])
-    cycle = plt.matplotlib.colormaps["twilight_shifted"].resampled(p)
+    maps = plt.matplotlib.colormaps
 
-    def scatter(ax, points, colour_by, labels, size):
-        zero = colour_by < 0
+    def scatter(ax, points, colour_by, labels, size):         # labels: one for each x, where its points are
+        zero, n = colour_by < 0, colour_by.max() + 1          # a logarithm comes back to its beginning: so do its colours
+        cycle = maps["twilight"].resampled(n) if n < p else maps["viridis"].resampled(n)
         ax.scatter(*points[zero].T, s=size, color="black", marker="x", lw=0.8)
-        shown = ax.scatter(*points[~zero].T, s=size, c=colour_by[~zero], cmap=cycle, vmin=0, vmax=p - 1)
-        if p < 12:
-            for point, text in zip(points, labels):
-                ax.annotate(text, point, fontsize=6, xytext=(2, 2), textcoords="offset points")
+        shown = ax.scatter(*points[~zero].T, s=size, c=colour_by[~zero], cmap=cycle, vmin=-0.5, vmax=n - 0.5)
+        for value, text in enumerate(labels):
+            ax.annotate(text, points[(x == value) & (y > 0)].mean(0), fontsize=9, xytext=(5, 5), textcoords="offset points")
         ax.set_xticks([])
         ax.set_yticks([])
         return shown
@@ -875,9 +880,9 @@ def draw_pca(plt, lab, numbers, arrays):
     best = numbers["best"]
     pair, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     points = arrays[best].reshape(-1, 2)
-    for ax, (colour, text, label) in zip(axes, ((x, [f"{u},{v}" for u, v in zip(x, y)], "x (points: x, y)"), (
-            logs[x], [f"{logs[u] if u else '-'},{logs[v] if v else '-'}" for u, v in zip(x, y)],
-            f"log of x to base {lab.base} (points: log x, log y; 0: -)"))):
+    for ax, (colour, text, label) in zip(axes, (
+            (x, [f"x={v}" for v in range(p)], "x"),
+            (logs[x], ["x=0"] + [f"log {v}" for v in logs[1:]], f"log of x to base {lab.base} (x = 0: crosses)"))):
         pair.colorbar(scatter(ax, points, colour, text, 22), ax=ax, label=label, shrink=0.8)
         ax.set(xlabel="first component", ylabel="second component")
     pair.suptitle(f"Head {best.split()[0]}, positions {' and '.join(best.split()[1])}: the circle furthest above its null "
@@ -1002,27 +1007,25 @@ PARTS = {"shots": (part_shots, draw_shots), "skills": (part_skills, draw_skills)
          "causal": (part_causal, draw_causal), "curves": (part_curves, draw_curves)}
 
 
-def write(folder, name, save):
-    """save(path of folder/name), or one line where that can't be written."""
-    path = os.path.join(folder, name)
+def make_folder(folder):
+    """The folder, made if need be; exits with one line where it can't be written to."""
     try:
         os.makedirs(folder, exist_ok=True)
-        save(path)
+        if os.access(folder, os.W_OK):
+            return folder
+        g.die(f"--out {folder}: may not be written to; name a folder that can")
     except OSError as e:
-        g.die(f"--out {folder}: {name} can't be written ({e.strerror})")
-    return path
+        g.die(f"--out {folder}: can't be made ({e.strerror}); name a folder that can")
 
 
 def save_pictures(folder, figures):
     for name, figure in figures.items():
-        write(folder, f"{name}.png", lambda path: figure.savefig(path, metadata={"Software": None}))
+        figure.savefig(os.path.join(folder, f"{name}.png"), metadata={"Software": None})
 
 
-def save_json(folder, name, content):
-    def save(path):
-        with open(path, "w") as f:
-            json.dump(content, f, indent=1)
-    return write(folder, name, save)
+def save_json(path, content):
+    with open(path, "w") as f:
+        json.dump(content, f, indent=1)
 
 
 def open_lab(args):
@@ -1059,8 +1062,9 @@ def main(argv=None):
             if not os.path.isdir(folder):
                 g.die(f"{folder}: no such folder")
         found = phases(args.parts or g.die("phases: name the folders of the runs"))
-        out = args.out or "."
-        save_json(out, "phases.json", [{"alpha": a, "tasks": n, "phase": name} for (a, n), name in found.items()])
+        out = make_folder(args.out or ".")
+        save_json(os.path.join(out, "phases.json"),
+                  [{"alpha": a, "tasks": n, "phase": name} for (a, n), name in found.items()])
         if plt := pyplot():
             save_pictures(out, draw_phases(plt, found))
         return
@@ -1068,7 +1072,7 @@ def main(argv=None):
         if part not in PARTS:
             g.die(f"{part}: no such part; there are {', '.join(PARTS)}")
     lab = open_lab(args)
-    out = args.out or os.path.dirname(lab.file) or "."
+    out = make_folder(args.out or os.path.dirname(lab.file) or ".")
     parts = [part for part in PARTS if part in args.parts or not args.parts]
     print(f"{lab.file}: p {lab.p}, {lab.cfg.tasks} tasks, alpha {lab.cfg.alpha}, depth {lab.cfg.depth}; logarithms to "
           f"base {lab.base}; torch {torch.__version__} on {lab.device}")
@@ -1076,12 +1080,14 @@ def main(argv=None):
     plt = pyplot()
     for part in parts:
         measure, draw = PARTS[part]
-        numbers[part], found = measure(lab)
+        numbers[part], found, finding = measure(lab)
+        numbers[part]["finding"] = finding
         arrays |= {f"{part}/{name}": array for name, array in found.items()}
         if plt:
             figures |= draw(plt, lab, numbers[part], found)
-    save_json(out, "analysis.json", numbers)
-    write(out, "analysis.npz", lambda path: np.savez_compressed(path, **arrays))
+    say("In short", "\n".join(f"{part}: {numbers[part]['finding']}" for part in parts))
+    save_json(os.path.join(out, "analysis.json"), numbers)
+    np.savez_compressed(os.path.join(out, "analysis.npz"), **arrays)
     save_pictures(out, figures)
     print(f"\nWrote analysis.json, analysis.npz" + "".join(f", {name}.png" for name in figures) + f" to {out}")
 
