@@ -408,7 +408,7 @@ def directions(power):
     total = power.sum().clamp(min=1e-30)
     ratio = power[k, -k % m].sum()
     x, y = power[:, 0].sum(), power[0, :].sum()
-    return [(part / total).item() for part in (x, y, ratio, total - x - y - ratio)]
+    return [(part / total).item() for part in (x, y, ratio, (total - x - y - ratio).clamp(min=0))]
 
 
 def group_summary(fs, order, null_orders):
@@ -860,7 +860,7 @@ def draw_pca(plt, lab, numbers, arrays):
 
     def scatter(ax, points, colour_by, labels, size):         # labels: one for each x, where its points are
         zero, n = colour_by < 0, colour_by.max() + 1          # a logarithm comes back to its beginning: so do its colours
-        cycle = maps["twilight"].resampled(n) if n < p else maps["viridis"].resampled(n)
+        cycle = plt.matplotlib.colors.ListedColormap(maps["twilight" if n < p else "viridis"](np.arange(n) / n))
         ax.scatter(*points[zero].T, s=size, color="black", marker="x", lw=0.8)
         shown = ax.scatter(*points[~zero].T, s=size, c=colour_by[~zero], cmap=cycle, vmin=-0.5, vmax=n - 0.5)
         for value, text in enumerate(labels):
