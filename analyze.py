@@ -686,7 +686,7 @@ def frequency_tests(lab):
                              for kept in (masks, [there & ~m for m in masks]))
             numbers[name][group] = {"only": only[0], "only random": only[1:], "without": without[0],
                                     "without random": without[1:]}
-    say(f"Fourier, causally: accuracy in % on ratio queries (unchanged: {100 * numbers['unchanged']:.1f})",
+    say(f"Fourier, causally: accuracy in % on ratio queries (unchanged: {100 * numbers['unchanged']:.1f}; {asked.sum()} queries)",
         f"activations at the query's y with each function's {KEEP} dominant frequency pairs only, and without them;\n"
         f"beside it the mean of 3 draws of random pairs; dominant ones from validation tasks\n"
         f"{'':12}{'multiplicative':^38}{'additive':^38}\n{'layer':12}" +
