@@ -708,7 +708,7 @@ def read_metrics(folder):
     try:
         with open(path, newline="") as f:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(f)]
-        if rows and {"step", "id_train", "id_test", "val_ood_train", "val_ood_test"} <= rows[0].keys():
+        if rows and {"step", "loss", *SETS, *(f"{name}_novel" for name in SETS)} <= rows[0].keys():
             return rows
         g.die(f"{path}: no evaluation of this program in it")
     except (OSError, ValueError, TypeError) as e:
