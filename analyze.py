@@ -19,14 +19,17 @@ The second half of He, Doshi, Das, Gromov (NeurIPS 2024), a number and a null un
     9. curves, phases  training, and many trainings                                (figure 1b)
    10. Pictures, command line, main
 
-Tasks are the *test* o.o.d. tasks throughout. Where something is first selected (a head's mean, a
-neuron's dominant frequencies), that is done on the validation o.o.d. tasks.
+Tasks are the *test* o.o.d. tasks throughout. What an intervention needs first (a head's mean, a
+neuron's dominant frequencies) comes from the validation o.o.d. tasks. A finding names the largest of
+all heads or layers: read it against its table.
 """
 import argparse
 import csv
 import json
 import os
+import textwrap
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,7 +42,7 @@ SEED = 7                      # of the contexts and of all random relabellings
 CONTEXTS = 8                  # over which the measures of sections 5 to 7 are averaged
 QUERIES = 4096                # a shot of the skill table: as many contexts as make this many queries
 SEQUENCES = 512               # of each set, for attention and ablations
-RELABELLINGS = 1000           # random orders of the residues behind a null
+RELABELLINGS = 1000           # random orders of the residues behind a circle's null
 ONE_FREQUENCY = 0.5           # share of its variance from which a neuron counts as one-frequency
 KEEP = 3                      # dominant frequency pairs that the causal test keeps or removes
 SKILLS = ("copy", "ratio", "regression", "undetermined")
@@ -104,8 +107,16 @@ def relabelled(order, n, seed):
 
 
 def p_value(score, null):
-    """Share of a null's scores that reach the measured one, the measured one counted among them."""
-    return (1 + sum(s >= score - 1e-9 for s in null)) / (1 + len(null))
+    """Share of a null's scores that reach the measured one, itself counted among them; nan for nan."""
+    return float("nan") if np.isnan(score) else (1 + sum(s >= score - 1e-9 for s in null)) / (1 + len(null))
+
+
+def observed(lab):
+    """The contexts of sections 5 to 7 and the activations after each, computed once."""
+    if not hasattr(lab, "observed"):
+        tasks, inputs = contexts(lab.split, "test_ood", CONTEXTS, lab.k - 1, SEED)
+        lab.observed = tasks, [activations(lab.model, task, xy, lab.p) for task, xy in zip(tasks, inputs)]
+    return lab.observed
 
 
 def say(title, text=""):
@@ -113,6 +124,7 @@ def say(title, text=""):
 
 
 def percent(values, width=7):
+    """Fractions as columns of percentages, a dash where there is none."""
     return "".join(f"{'-':>{width}}" if v is None or np.isnan(v) else f"{100 * v:{width}.1f}" for v in values)
 
 # -------------------------------------------------------------------------------------------------
@@ -182,6 +194,21 @@ def by_skill(hits, skill):
     return torch.bincount(skill[hits], minlength=4) / asked
 
 
+def skill_errors(hits, skill, group):
+    """
+    Standard error of by_skill's accuracies (4,): hits and skill (contexts, queries), group (contexts,).
+
+    Queries of one context go wrong together, and so do contexts of one task: what varies independently
+    is the task, so the error is that of a ratio clustered by group (nan where only one has queries).
+    """
+    is_skill = torch.nn.functional.one_hot(skill, 4)                                 # (contexts, queries, 4)
+    asked, right = (torch.zeros(int(group.max()) + 1, 4).double().index_add_(0, group, t.sum(1).double())
+                    for t in (is_skill, is_skill * hits[..., None]))                 # (groups, 4)
+    n = (asked > 0).sum(0)
+    off = right - asked * right.sum(0) / asked.sum(0)
+    return (off.square().sum(0) * n / (n - 1)).sqrt() / asked.sum(0)
+
+
 def part_skills(lab):
     """Accuracy by skill and shot over o.o.d. tasks, contexts and all p*p queries; and one grid of figure 5."""
     p, shots = lab.p, [s for s in g.some_shots(lab.k) if s > 0]
@@ -194,36 +221,35 @@ def part_skills(lab):
         hits.append(g.correct(lab.model, tokens)[:, -1].cpu())
         skills.append(torch.cat([skill_of(t, p)[:, -1] for t in tokens.split(g.CHUNK)]).cpu())
     hits, skills = (torch.stack(t).view(len(shots), -1, p * p) for t in (hits, skills))  # (S, contexts, p*p)
-    test = is_test.flatten()
+    test, group = is_test.flatten(), torch.arange(len(tasks)) % len(lab.split["test_ood"])
     arrays, numbers = {"shots": np.array(shots), "task": tasks[0].numpy(), "context": inputs[0].numpy(),
                        "right": hits[:, 0].view(-1, p, p).numpy(), "skill": skills[:, 0].view(-1, p, p).numpy()}, {}
     for side, chosen in (("all", test | True), ("test", test)):
         table = torch.stack([by_skill(h[:, chosen], s[:, chosen]) for h, s in zip(hits, skills)])
-        # queries of one context go wrong together, so the error is taken over contexts
-        each = torch.stack([torch.stack([by_skill(h[chosen], s[chosen]) for h, s in zip(*pair)])
-                            for pair in zip(hits, skills)])                          # (S, contexts, 4)
-        there = (~each.isnan()).sum(1)
-        spread = (each - each.nanmean(1, keepdim=True)).square().nansum(1) / (there - 1).clamp(min=1)
-        arrays[f"{side}_accuracy"], arrays[f"{side}_error"] = table.numpy(), (spread / there).sqrt().numpy()
+        errors = torch.stack([skill_errors(h[:, chosen], s[:, chosen], group) for h, s in zip(hits, skills)])
+        arrays[f"{side}_accuracy"], arrays[f"{side}_error"] = table.numpy(), errors.numpy()
         share = torch.stack([torch.bincount(s[:, chosen].flatten(), minlength=4) for s in skills]).double()
         arrays[f"{side}_share"] = (share / share.sum(1, keepdim=True)).numpy()
         numbers[side] = {str(s): {skill: {"accuracy": None if a.isnan() else a.item(), "share": r.item()}
                                   for skill, a, r in zip(SKILLS, row, shares)}
                          for s, row, shares in zip(shots, table, torch.tensor(arrays[f"{side}_share"]))}
     say("Skills: accuracy in % (and share of the queries) by what it takes to answer",
-        f"{len(tasks)} contexts of train inputs, o.o.d. tasks, then all {p * p} queries; chance is {100 / p:.1f}")
+        f"{len(tasks)} contexts of train inputs, {group.max() + 1} o.o.d. tasks, then all {p * p} queries; chance is "
+        f"{100 / p:.1f}; ±: standard error over tasks")
     for side, title in (("all", "all inputs as queries"), ("test", "test inputs as queries")):
         print(f"{title:23}" + "".join(f"{skill:>19}" for skill in SKILLS))
         for s, row, error, share in zip(shots, *(arrays[f"{side}_{a}"] for a in ("accuracy", "error", "share"))):
-            print(f"{s:7d} shots          " + "".join(
+            print(f"{s:7d} shot{'s' if s > 1 else ' '}          " + "".join(
                 f"{'-':>19}" if np.isnan(a) else f"{100 * a:6.1f} ±{100 * e:4.1f} ({100 * w:3.0f}%)"
                 for a, e, w in zip(row, error, share)))
     accuracy, error, share = (arrays[f"all_{a}"] for a in ("accuracy", "error", "share"))
     many = np.where(share[:, 2] > 0.01, accuracy[:, 2], -1).argmax()                 # of enough queries to tell
-    return numbers, arrays, (
-        f"Of what Ratio Matching can answer, {100 * accuracy[0, 1]:.0f}% are right after {shots[0]} shot and "
-        f"{100 * accuracy[-1, 1]:.0f}% after {shots[-1]}. Of what only Modular Regression can, "
-        f"{100 * accuracy[many, 2]:.0f} ± {100 * error[many, 2]:.0f}% at best ({shots[many]} shots); chance is {100 / p:.0f}%.")
+    finding = (f"Of what Ratio Matching can answer, {100 * accuracy[0, 1]:.0f}% are right after {shots[0]} shot and "
+               f"{100 * accuracy[-1, 1]:.0f}% after {shots[-1]}; chance is {100 / p:.0f}%.")
+    if share[many, 2] > 0.01:
+        finding += (f" Of what only Modular Regression can, {100 * accuracy[many, 2]:.0f} ± {100 * error[many, 2]:.0f}% "
+                    f"at best ({shots[many]} shots).")
+    return numbers, arrays, finding
 
 # -------------------------------------------------------------------------------------------------
 # 4. Attention (figure 6)
@@ -231,7 +257,7 @@ def part_skills(lab):
 
 def attention_masses(weights, tokens, p):
     """
-    Where each head looks when it asks at the y of a query: weights (B, H, 3k, 3k) -> dict of (H,).
+    Where each head looks when it asks at the y of a query: weights there (B, H, k, 3k) -> dict of (H,).
 
     "own x", "own y", "earlier x", "earlier y", "earlier z" are shares of the attention, averaged over
     the queries that count: novel ones of which some, not all, earlier examples lie on the query's line.
@@ -245,7 +271,7 @@ def attention_masses(weights, tokens, p):
     same = ((line[:, :, None] == line[:, None]) & (line[:, :, None] >= 0)).tril(-1)  # (B, query, example)
     earlier = torch.arange(k, device=tokens.device)
     counts = g.novel_queries(tokens) & (same.sum(-1) > 0) & (same.sum(-1) < earlier)  # (B, k)
-    at_y = weights[:, :, 1::3].unflatten(-1, (k, 3))                                 # (B, H, k, k, 3)
+    at_y = weights.unflatten(-1, (k, 3))                                             # (B, H, k, k, 3)
     own = at_y.diagonal(dim1=2, dim2=3).permute(0, 3, 1, 2)                          # (B, k, H, 3)
     before = at_y * torch.ones(k, k, device=tokens.device).tril(-1)[..., None]       # earlier examples only
     by_role = before.sum(3).permute(0, 2, 1, 3)                                      # (B, k, H, 3)
@@ -263,29 +289,30 @@ def part_attention(lab):
     """Attention masses of every head on o.o.d. tasks, and mean maps and one sequence's, first five examples."""
     sets = g.eval_sequences(lab.split, "test_ood", SEQUENCES, lab.k, lab.p, SEED)
     tokens = torch.cat([sets["test_ood_train"], sets["test_ood_test"]]).to(lab.device)
-    chunks = []
+    at_y, maps = [], []
     for t in tqdm(tokens.split(64), "attention", leave=False):
         record = Record(lambda name, value: value if "attention" in name else None)
         lab.model(t, record, everywhere=True)
-        chunks.append([attention_masses(record[f"{i}.attention"], t.cpu(), lab.p) for i in lab.blocks]
-                      + [torch.stack([record[f"{i}.attention"][..., :15, :15].mean(0) for i in lab.blocks])])
-    one = Record(lambda name, value: value if "attention" in name else None)
-    lab.model(tokens[:1], one, everywhere=True)
-    arrays = {"mean": torch.stack([c[-1] for c in chunks]).mean(0).numpy(), "tokens": tokens[0, :15].cpu().numpy(),
-              "one": torch.stack([one[f"{i}.attention"][0, :, :15, :15] for i in lab.blocks]).numpy()}
+        weights = torch.stack([record[f"{i}.attention"] for i in lab.blocks])        # (L, B, H, 3k, 3k)
+        at_y.append(weights[..., 1::3, :])
+        maps.append(weights[..., :15, :15])
+    maps = torch.cat(maps, dim=1)
+    masses = [attention_masses(w, tokens.cpu(), lab.p) for w in torch.cat(at_y, dim=1)]
+    arrays = {"mean": maps.mean(1).numpy(), "one": maps[:, 0].numpy(), "tokens": tokens[0, :15].cpu().numpy()}
     numbers = {}
     say("Attention at a query's y: share of it, in %, and attention to the examples on the query's line",
         f"{'head':6}" + "".join(f"{name:>11}" for name in ("own x", "own y", "earlier x", "earlier y", "earlier z"))
         + "   on the line (1.0: even)")
     for i in lab.blocks:
         for h in range(lab.cfg.heads):
-            row = {name: np.mean([c[i][name][h].item() for c in chunks]) for name in chunks[0][i]}
+            row = {name: mass[h].item() for name, mass in masses[i].items()}
             numbers[f"{i}.{h}"] = row
             print(f"{i}.{h:<4}" + percent(list(row.values())[:5], 11) + f"{row['on the line']:14.2f}")
-    best = max(numbers, key=lambda h: numbers[h]["on the line"])
-    return numbers, arrays, (
-        f"Head {best} gives the examples on the query's line {numbers[best]['on the line']:.1f} times the attention that "
-        f"an even spread over examples would.")
+    best = max(numbers, key=lambda h: np.nan_to_num(numbers[h]["on the line"]))
+    row = numbers[best]
+    return numbers, arrays, "No query to tell: too few shots." if np.isnan(row["on the line"]) else (
+        f"Head {best} gives the examples on the query's line {row['on the line']:.1f} times the attention of an even "
+        f"spread over examples (to which goes {100 * sum(row[f'earlier {r}'] for r in 'xyz'):.0f}% of its attention).")
 
 # -------------------------------------------------------------------------------------------------
 # 5. PCA of heads, and whether a circle is one (figures 1d, 1e, 6)
@@ -305,14 +332,17 @@ def circularity(plane, order, order_y=None):
     plane is complex (p, p), a point for each (x, y); order (..., m) lists residues, x's and (unless
     order_y is given) y's. A circle means the point c * exp(2 pi i (k n + l m) / len) for the n-th x
     and m-th y, so its share of the variance is a Fourier coefficient's: 1 for a circle (or several on
-    top of each other), 1/2 for a line. Returns (share of the best circle (...,), its (k, l)).
+    top of each other), at most 1/2 for points on a line. The characters that are real, and so run to
+    and fro on a line, don't count. Returns (share of the best circle (...,), its (k, l)).
     """
     m = order.size(-1)
     order_y = order if order_y is None else order_y
     ordered = plane[order[..., :, None], order_y[..., None, :]]                      # (..., m, m)
     power = torch.fft.fft2(ordered, norm="forward").abs().square().flatten(-2)
     power[..., 0] = 0                                                                # the mean
-    share, best = (power / power.sum(-1, keepdim=True)).max(-1)
+    k = torch.arange(m)
+    real = ((2 * k % m == 0)[:, None] & (2 * k % m == 0)).flatten()
+    share, best = (power * ~real / power.sum(-1, keepdim=True).clamp(min=1e-30)).max(-1)
     return share, torch.stack((best // m, best % m), dim=-1)
 
 
@@ -321,8 +351,7 @@ POSITIONS = {"xy": [0, 1], "xz": [0, 2], "yz": [1, 2]}
 
 def part_pca(lab):
     """PCA of each head's output over all inputs, context fixed, and the circle's share with its null."""
-    tasks, inputs = contexts(lab.split, "test_ood", CONTEXTS, lab.k - 1, SEED)
-    seen = [activations(lab.model, task, xy, lab.p) for task, xy in zip(tasks, inputs)]
+    tasks, seen = observed(lab)
     nulls = {group: [relabelled(order, RELABELLINGS, SEED + i) for i in (0, 1)] for group, order in lab.orders.items()}
     numbers, arrays = {}, {}
     for i in lab.blocks:
@@ -351,13 +380,15 @@ def part_pca(lab):
             print(f"{name[:-3]:6}" + percent([row["variance 2"], row["variance 4"]], 8) + "  " + "".join(
                 percent([row[group]["circle"], row[group]["null 95%"]], 8) + f"{row[group]['p']:8.3f}    "
                 for group in ("multiplicative", "additive")))
-    below = {group: sum(row[group]["p"] <= 0.01 for row in numbers.values()) for group in lab.orders}
+    below = {group: sum(row[group]["p"] <= 0.05 for row in numbers.values()) for group in lab.orders}
     best = max((name for name in numbers if name.endswith("xy")),
                key=lambda name: numbers[name]["multiplicative"]["circle"] - numbers[name]["multiplicative"]["null 95%"])
     row = numbers[best]["multiplicative"]
-    finding = (f"A circle in head {best[:-3]}: {100 * row['circle']:.0f}% of the plane's variance in the order of the "
-               f"logarithm, null {100 * row['null 95%']:.0f}%. Of {len(numbers)} (head, positions), p is at most 0.01 for "
-               f"{below['multiplicative']} by logarithm, {below['additive']} by residue; by chance {0.01 * len(numbers):.1f}.")
+    circle = (f"a circle in the order of the logarithm is {100 * row['circle']:.0f}% of the variance in the plane of head "
+              f"{best[:-3]} (95% of the null: {100 * row['null 95%']:.0f}%)")
+    finding = (f"{'Furthest above its null: ' if row['circle'] > row['null 95%'] else 'No circle above its null; nearest: '}"
+               f"{circle}. Of {len(numbers)} (head, positions), p is at most 0.05 for {below['multiplicative']} by logarithm "
+               f"and for {below['additive']} by residue; {0.05 * len(numbers):.1f} would be by chance.")
     numbers["best"] = best
     return numbers, arrays, finding
 
@@ -428,26 +459,24 @@ def group_summary(fs, order, null_orders):
     counts = [(s[alive] >= ONE_FREQUENCY).sum().item() for s in null]
     count = (share[alive] >= ONE_FREQUENCY).sum().item()
     medians = [s[alive].median().item() for s in null]
+    found, times = frequency[alive & (share >= ONE_FREQUENCY)].unique(dim=0, return_counts=True)
     return {"n": alive.numel(), "alive": alive.sum().item(), "one-frequency": count, "null one-frequency": counts,
             "p": p_value(count, counts), "median share": share[alive].median().item(),
             "null median share": medians, "p median": p_value(share[alive].median().item(), medians),
             "directions": directions(power.sum(-1)),
-            "top": [(signed(f, len(order)), n) for f, n in sorted(
-                ((f, (frequency[alive & (share >= ONE_FREQUENCY)] == torch.tensor(f)).all(-1).sum().item())
-                 for f in map(tuple, frequency[alive & (share >= ONE_FREQUENCY)].unique(dim=0).tolist())),
-                key=lambda pair: -pair[1])[:4]]}, power, share
+            "top": sorted(((signed(f, len(order)), n) for f, n in zip(found.tolist(), times.tolist())),
+                          key=lambda pair: -pair[1])[:4]}, power, share.where(alive, torch.nan)
 
 
 def part_fourier(lab):
     """Spectra of embedding, heads and neurons at the query's y, in both groups, with their nulls."""
-    tasks, inputs = contexts(lab.split, "test_ood", CONTEXTS, lab.k - 1, SEED)
-    seen = [activations(lab.model, task, xy, lab.p) for task, xy in zip(tasks, inputs)]
+    tasks, seen = observed(lab)
     embedding = lab.model.embedding.weight.detach().cpu()[:, None].expand(-1, lab.p, -1)
     parts = {"embedding": [embedding]}
     for i in lab.blocks:
         parts[f"{i}.heads"] = [record[f"{i}.heads"][..., 1, :].flatten(2) for record in seen]
         parts[f"{i}.neurons"] = [record[f"{i}.neurons"][..., 1, :] for record in seen]
-    n = max(5, 100 * 49 // lab.p ** 2)                        # relabellings: fewer where each is dear
+    n = max(20, 100 * 49 // lab.p ** 2)                       # relabellings: fewer where each is dear
     numbers, arrays = {}, {}
     for name, fs in tqdm(parts.items(), "fourier", leave=False):
         numbers[name] = {}
@@ -482,49 +511,50 @@ def part_fourier(lab):
             cells = [groups[group]["as a whole"][h] for group in ("multiplicative", "additive")]
             print(f"{name.replace('.heads', f'.{h}'):12}" + "".join(
                 f"{c['frequency']:>9}{100 * c['share']:6.1f} ({100 * c['null 95%']:4.1f}), p {c['p']:.2f}    " for c in cells))
-    there = {group: [name for name in numbers if name.endswith("neurons") and numbers[name][group]["p"] <= 2 / (n + 1)]
+    there = {group: [name for name in numbers if name.endswith("neurons") and numbers[name][group]["p"] <= 0.05]
              for group in lab.orders}
-    return numbers, arrays, "More one-frequency neurons than (nearly) any random order gives: " + "; ".join(
+    return numbers, arrays, "More one-frequency neurons than random orders of the residues give (p at most 0.05): " + "; ".join(
         f"{group}, {', '.join(names) if names else 'in no layer'}" for group, names in there.items()) + "."
 
 # -------------------------------------------------------------------------------------------------
 # 7. Cosine similarity (figure 7)
 # -------------------------------------------------------------------------------------------------
 
-def ratio_gap(similarity, p, rename=None):
+def ratio_gap(similarity, p, z=None, rename=None):
     """
     Mean similarity of inputs with equal ratio y/x minus that of inputs with unequal ratio.
 
-    similarity (p*p, p*p). Pairs that share x or y are left out, as are inputs with a zero: they are
-    alike for other reasons. rename (p,) gives each x another name first, for the null.
+    similarity (p*p, p*p). Pairs that share x or y (or z (p*p,), if given) are left out, as are inputs
+    with a zero: they are alike for other reasons. rename (p,) gives each x another name, for the null.
     """
     x, y = g.grid(p).T
     nonzero = (x > 0) & (y > 0)
     line = g.line_of(torch.stack((x if rename is None else rename[x], y), -1), p)
     apart = (x[:, None] != x) & (y[:, None] != y) & nonzero[:, None] & nonzero
+    if z is not None:
+        apart &= z[:, None] != z
     equal = line[:, None] == line
     return (similarity[apart & equal].mean() - similarity[apart & ~equal].mean()).item()
 
 
 def part_similarity(lab):
     """Cosine similarity of each block's residual stream between all pairs of queries, at y and at z."""
-    tasks, inputs = contexts(lab.split, "test_ood", CONTEXTS, lab.k - 1, SEED)
-    seen = [activations(lab.model, task, xy, lab.p) for task, xy in zip(tasks, inputs)]
+    tasks, seen = observed(lab)
     nonzero = lab.orders["multiplicative"]
     renames = torch.cat((torch.zeros(200, 1, dtype=torch.long),
                          relabelled(nonzero.sort().values, 200, SEED)), dim=1)       # 0 keeps its name
     if lab.p ** 2 > 200:
         renames = renames[:20]
+    zs = (tasks[:, None] * g.grid(lab.p)).sum(-1) % lab.p                            # (contexts, p*p)
     numbers, arrays = {}, {}
     for i in lab.blocks:
         for position, name in ((1, "y"), (2, "z")):
-            similar = 0
-            for record in seen:
-                x = record[f"{i}.residual"][..., position, :].flatten(0, 1)
-                x = x / x.norm(dim=-1, keepdim=True)
-                similar = similar + x @ x.T / len(seen)
-            null = [ratio_gap(similar, lab.p, r) for r in renames]
-            gap = ratio_gap(similar, lab.p)
+            x = torch.stack([record[f"{i}.residual"][..., position, :].flatten(0, 1) for record in seen])
+            x = x / x.norm(dim=-1, keepdim=True)
+            similar = x @ x.mT                                                       # (contexts, p*p, p*p)
+            gap, *null = [np.mean([ratio_gap(s, lab.p, z if name == "z" else None, r) for s, z in zip(similar, zs)])
+                          for r in (None, *renames)]
+            similar = similar.mean(0)
             numbers[f"{i} {name}"] = {"gap": gap, "null 95%": float(np.quantile(null, 0.95)), "p": p_value(gap, null)}
             arrays[f"{i} {name}"] = similar.numpy()
     say("Cosine similarity of the residual stream: inputs of equal ratio y/x minus unequal",
@@ -533,9 +563,12 @@ def part_similarity(lab):
     for i in lab.blocks:
         print(f"{i:<14d}" + "    ".join(f"{r['gap']:8.3f}{r['null 95%']:8.3f}{r['p']:8.3f}"
                                         for r in (numbers[f"{i} y"], numbers[f"{i} z"])))
-    best = max(numbers, key=lambda name: numbers[name]["gap"])
-    return numbers, arrays, (f"The ratio y/x shows most after block {best.replace(' ', ', at ')}: inputs of equal ratio are "
-                             f"more alike by {numbers[best]['gap']:.2f}, null {numbers[best]['null 95%']:.2f}.")
+    best = max(numbers, key=lambda name: np.nan_to_num(numbers[name]["gap"] - numbers[name]["null 95%"], nan=-9))
+    row = numbers[best]
+    return numbers, arrays, (
+        f"The ratio y/x shows {'most' if row['gap'] > row['null 95%'] else 'nowhere; nearest'} after block "
+        f"{best.replace(' ', ', at ')}: inputs of equal ratio are more alike by {row['gap']:.2f} (95% of the null: "
+        f"{row['null 95%']:.2f}).")
 
 # -------------------------------------------------------------------------------------------------
 # 8. Causal tests: take a part away, and see which skill goes with it (not in the paper)
@@ -631,9 +664,12 @@ def part_causal(lab):
         "".join(f"{SKILLS[s]:>11}" for _, s in columns))
     for name, r in numbers.items():
         print(f"{name:10}" + percent(r.values(), 11))
+    print("queries   " + "".join(f"{(skills[side] == s).sum().item():11,d}" for side, s in columns))
     finding = []
     for column in ("ratio, train inputs", "ratio, test inputs", "regression, train inputs"):
         whole = numbers["nothing"][column]
+        if np.isnan(whole):
+            continue
         worst = sorted(named, key=lambda name: numbers[name][column])[:3]
         finding.append(f"{column}: {100 * whole:.0f}%" + (
             ", about chance: nothing to take away" if whole < 1 / lab.p + 0.05 else "; without " + ", ".join(
@@ -671,15 +707,15 @@ def frequency_tests(lab):
 
     numbers = {"unchanged": score()}
     generator = torch.Generator().manual_seed(SEED)
-    layers = [(f"{i}.{what}", getattr(getattr(lab.model.blocks[i], kind), out), key) for i in lab.blocks
-              for what, kind, out, key in (("heads", "attention", "out", "heads"), ("neurons", "mlp", "down", "neurons"))]
-    for name, module, key in tqdm(layers, "frequencies", leave=False):
+    layers = [pair for i, block in enumerate(lab.model.blocks)
+              for pair in ((f"{i}.heads", block.attention.out), (f"{i}.neurons", block.mlp.down))]
+    for name, module in tqdm(layers, "frequencies", leave=False):
         numbers[name] = {}
         for group, order in lab.orders.items():
             fs = [record[name][..., 1, :].flatten(2) for record in seen]
             power = sum(spectrum(f, order) for f in fs)
             there = multiplicity(len(order))[..., None].expand_as(power) > 0
-            keep = min(KEEP, there[..., 0].sum().item() - 1)
+            keep = min(KEEP, there[..., 0].sum().item() - 1)                         # p = 3 has but two
             masks = [strongest(power, keep)] + [strongest(torch.rand(power.shape, generator=generator) * there, keep)
                                                 for _ in range(3)]
             only, without = ([score(lambda f: keep_frequencies(f, order, m), module) for m in kept]
@@ -687,7 +723,8 @@ def frequency_tests(lab):
             numbers[name][group] = {"only": only[0], "only random": only[1:], "without": without[0],
                                     "without random": without[1:]}
     say(f"Fourier, causally: accuracy in % on ratio queries (unchanged: {100 * numbers['unchanged']:.1f}; {asked.sum()} queries)",
-        f"activations at the query's y with each function's {KEEP} dominant frequency pairs only, and without them;\n"
+        f"activations at the query's y with each function's {KEEP} dominant frequency pairs only, of " + " and ".join(
+            f"{(multiplicity(len(order)) > 0).sum()} {group}" for group, order in lab.orders.items()) + ", and without;\n"
         f"beside it the mean of 3 draws of random pairs; dominant ones from validation tasks\n"
         f"{'':12}{'multiplicative':^38}{'additive':^38}\n{'layer':12}" +
         2 * f"{'only':>7}{'random':>9}{'without':>10}{'random':>9}   ")
@@ -708,7 +745,7 @@ def read_metrics(folder):
     try:
         with open(path, newline="") as f:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(f)]
-        if rows and {"step", "loss", *SETS, *(f"{name}_novel" for name in SETS)} <= rows[0].keys():
+        if rows and {"step", *SETS, *(f"{name}_novel" for name in SETS)} <= rows[0].keys():
             return rows
         g.die(f"{path}: no evaluation of this program in it")
     except (OSError, ValueError, TypeError) as e:
@@ -725,7 +762,7 @@ def part_curves(lab):
     history = read_metrics(lab.path)
     best = history[g.early_stopping(history, lab.cfg.patience, 1 / lab.p)[0]]
     return ({"best": best, "last": history[-1]},
-            {name: np.array([row[name] for row in history]) for name in ("step", "loss") + SETS},
+            {name: np.array([row[name] for row in history]) for name in ("step",) + SETS},
             f"Best step {best['step']:.0f} of {history[-1]['step']:.0f}: validation o.o.d. tasks, test inputs "
             f"{100 * best['val_ood_test']:.0f}%, at the end {100 * history[-1]['val_ood_test']:.0f}%.")
 
@@ -743,9 +780,11 @@ def phases(folders):
         try:
             with open(os.path.join(run, "config.json")) as f:
                 config = json.load(f)
-            at, chance = (config["alpha"], config["tasks"]), 1 / config["p"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            at, chance = (float(config["alpha"]), int(config["tasks"])), 1 / config["p"]
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as e:
             g.die(f"{run}/config.json: not readable as a run's config ({type(e).__name__})")
+        if at in found:
+            g.die(f"{run}: another of these runs has alpha {at[0]} and {at[1]} tasks; name one of the two")
         best = history[g.early_stopping(history, 0, chance)[0]]
         found[at] = g.phase([best[f"{name}_novel"] >= g.PHASE_THRESHOLD for name in SETS])
         print(f"{run}: alpha {at[0]}, {at[1]} tasks, step {best['step']:.0f}: {found[at]}")
@@ -782,13 +821,13 @@ def draw_shots(plt, lab, numbers, arrays):
                     "model", "Ratio Matching", "Modular Regression", "memory of the pre-training tasks"),
                     ("black", ORANGE, GREEN, PINK), ("-", "--", ":", "-.")):
                 ax.plot(100 * values, style, color=colour, label=label, lw=2 if label == "model" else 1.5)
-            ax.axhline(100 / lab.p, color=GREY, lw=0.8)
+            ax.axhline(100 / lab.p, color=GREY, lw=0.8, label="chance")
             ax.set_title(names[column] if row == 0 else "")
             ax.set_ylim(0, 104)
         axes[1, column].set_xlabel("shots")
     axes[0, 0].set_ylabel("all queries: accuracy (%)")
     axes[1, 0].set_ylabel("novel queries: accuracy (%)")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return {"shots": fig}
 
 
@@ -821,17 +860,17 @@ def draw_skills(plt, lab, numbers, arrays):
             ax.errorbar(shots, 100 * accuracy, 200 * arrays[f"{side}_error"][:, s], color=colour, ls=style, marker="o",
                         ms=4, capsize=2, label={"copy": "copy: input seen in the context", "ratio": "Ratio Matching can",
                         "regression": "only Modular Regression can", "undetermined": "undetermined"}[SKILLS[s]])
-        ax.axhline(100 / lab.p, color=GREY, lw=0.8)
+        ax.axhline(100 / lab.p, color=GREY, lw=0.8, label="chance")
         ax.set(title=title, xlabel="shots", ylim=(0, 104))
     axes[0].set_ylabel("accuracy (%), bars: 2 standard errors")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return {"skill_grid": grid, "skills": fig}
 
 
 def draw_attention(plt, lab, numbers, arrays):
     figures = {}
     T = arrays["mean"].shape[-1]
-    roles = [f"${r}_{{{i}}}$" for i in range(1, T // 3 + 1) for r in "xyz"]
+    roles = ["x", "y", "z"] * (T // 3)
     for name, labels, title in (("mean", roles, "Attention, mean over o.o.d. sequences"),
                                 ("one", [str(t) for t in arrays["tokens"]],
                                  "Attention on one o.o.d. sequence (numbers are its tokens, x y z x y z ...)")):
@@ -841,8 +880,8 @@ def draw_attention(plt, lab, numbers, arrays):
         for i, h in np.ndindex(maps.shape[:2]):
             image = axes[i, h].imshow(maps[i, h], vmin=0, vmax=1)
             axes[i, h].set_title(f"head {i}.{h}")
-            axes[i, h].set_xticks(range(T), labels, fontsize=6)
-            axes[i, h].set_yticks(range(T), roles, fontsize=6)
+            axes[i, h].set_xticks(range(T), labels, fontsize=7)
+            axes[i, h].set_yticks(range(T), roles, fontsize=7)
         fig.supxlabel("attends to", fontsize=9)
         fig.supylabel("position that asks", fontsize=9)
         fig.suptitle(title, fontsize=10)
@@ -875,7 +914,8 @@ def draw_pca(plt, lab, numbers, arrays):
         shown = scatter(axes[i, h], arrays[f"{i}.{h} xy"].reshape(-1, 2), logs[x], [], 9)
         axes[i, h].set_title(f"head {i}.{h}: circle {100 * row['multiplicative']['circle']:.0f}%, "
                              f"null {100 * row['multiplicative']['null 95%']:.0f}%", fontsize=8)
-    fig.suptitle(f"First two principal components of each head's output at x and y, all {p * p} inputs", fontsize=10)
+    fig.suptitle(f"First two principal components of each head's output at x and y, all {p * p} inputs after one context\n"
+                 f"(share of one circle by logarithm, and 95% of its null: means over {CONTEXTS} contexts)", fontsize=10)
     fig.colorbar(shown, ax=axes, shrink=0.5, label=f"log of x to base {lab.base} (x = 0: crosses)")
     best = numbers["best"]
     pair, axes = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
@@ -885,9 +925,9 @@ def draw_pca(plt, lab, numbers, arrays):
             (logs[x], ["x=0"] + [f"log {v}" for v in logs[1:]], f"log of x to base {lab.base} (x = 0: crosses)"))):
         pair.colorbar(scatter(ax, points, colour, text, 22), ax=ax, label=label, shrink=0.8)
         ax.set(xlabel="first component", ylabel="second component")
-    pair.suptitle(f"Head {best.split()[0]}, positions {' and '.join(best.split()[1])}: the circle furthest above its null "
-                  f"({100 * numbers[best]['multiplicative']['circle']:.0f}% against "
-                  f"{100 * numbers[best]['multiplicative']['null 95%']:.0f}%)", fontsize=10)
+    pair.suptitle(f"Head {best.split()[0]}, positions {' and '.join(best.split()[1])}: the circle furthest above its null; one context\n"
+                  f"(mean of {CONTEXTS}: {100 * numbers[best]['multiplicative']['circle']:.0f}% of the variance where x, y are not 0; "
+                  f"95% of the null: {100 * numbers[best]['multiplicative']['null 95%']:.0f}%; points off the circle: y = 0)", fontsize=10)
     return {"pca": fig, "pca_head": pair}
 
 
@@ -907,12 +947,14 @@ def draw_fourier(plt, lab, numbers, arrays):
             ax.set(title=f"block {i}, {group}", xlabel="frequency in x", ylabel="in y")
             ax = axes[i, 2 + j]
             row = numbers[name][group]
-            ax.hist(arrays[f"{name} {group} share"], np.linspace(0, 1, 21), color=BLUE)
+            share = arrays[f"{name} {group} share"]
+            ax.hist(share[~np.isnan(share)], np.linspace(0, 1, 21), color=BLUE)
             ax.axvline(row["median share"], color="black", label=f"median {row['median share']:.2f}")
             ax.axvline(np.mean(row["null median share"]), color=ORANGE, ls="--",
                        label=f"null {np.mean(row['null median share']):.2f}")
+            ax.set_ylim(0, 1.5 * ax.get_ylim()[1])            # room for the legend
             ax.legend(fontsize=7)
-            ax.set(title=f"{group}, neurons", xlabel="share of strongest pair", ylabel="neurons")
+            ax.set(title=f"{group}, neurons", xlabel="share of strongest pair", ylabel="neurons alive")
     fig.suptitle("MLP neurons at the query's y: mean power spectrum, and the strongest frequency pair's share", fontsize=10)
     return {"fourier": fig}
 
@@ -934,6 +976,8 @@ def draw_similarity(plt, lab, numbers, arrays):
             ax.set_title(f"block {i}, at {position}\ngap {r['gap']:+.2f}, null {r['null 95%']:.2f}")
     fig.suptitle("Cosine similarity of the residual stream between inputs, sorted by ratio y/x, then x\n"
                  "(ticks part the ratios; inputs with a zero left out)", fontsize=10)
+    fig.supxlabel("input (x, y)", fontsize=9)
+    fig.supylabel("input (x, y)", fontsize=9)
     fig.colorbar(image, ax=axes, shrink=0.5, label="cosine similarity")
     return {"similarity": fig}
 
@@ -948,11 +992,11 @@ def draw_causal(plt, lab, numbers, arrays):
             ax.bar(np.arange(len(names)) + 0.4 * j - 0.2, [100 * ablation[name][column] for name in names], 0.4,
                    color=colour, label=f"queries that {'Ratio Matching' if j == 0 else 'only Modular Regression'} can answer")
             ax.axhline(100 * ablation["nothing"][column], color=colour, ls="--", lw=1)
-        ax.axhline(100 / lab.p, color=GREY, lw=0.8)
+        ax.axhline(100 / lab.p, color=GREY, lw=0.8, label="chance")
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         ax.set_title(f"o.o.d. tasks, {side} inputs (dashed: nothing taken away)")
     axes[0].set_ylabel("accuracy (%) with this part\nheld at its mean")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     frequencies = {name: row for name, row in numbers["frequencies"].items() if name != "unchanged"}
     spectral, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True, layout="constrained")
     for ax, group in zip(axes, lab.orders):
@@ -962,11 +1006,12 @@ def draw_causal(plt, lab, numbers, arrays):
             ax.bar(np.arange(len(frequencies)) + 0.2 * j - 0.3,
                    [100 * np.mean(row[group][key]) for row in frequencies.values()], 0.2, color=colour, label=label)
         ax.axhline(100 * numbers["frequencies"]["unchanged"], color="black", ls="--", lw=1)
-        ax.axhline(100 / lab.p, color=GREY, lw=0.8)
-        ax.set_xticks(range(len(frequencies)), frequencies, rotation=90, fontsize=8)
+        ax.axhline(100 / lab.p, color=GREY, lw=0.8, label="chance")
+        names = [("heads " if "heads" in name else "MLP ") + name.split(".")[0] for name in frequencies]
+        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         ax.set_title(f"{group} characters (dashed: unchanged)")
     axes[0].set_ylabel("accuracy (%) on ratio queries")
-    spectral.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    spectral.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return {"ablation": fig, "frequencies": spectral}
 
 
@@ -978,7 +1023,7 @@ def draw_curves(plt, lab, numbers, arrays):
             "i.d. tasks, train inputs", "i.d. tasks, test inputs", "o.o.d. tasks, train inputs", "o.o.d. tasks, test inputs")):
         ax.plot(arrays["step"], 100 * arrays[name], style, color=colour, label=label)
     ax.axvline(numbers["best"]["step"], color="black", lw=1, label="kept by early stopping")
-    ax.axhline(100 / lab.p, color=GREY, lw=0.8)
+    ax.axhline(100 / lab.p, color=GREY, lw=0.8, label="chance")
     ax.set(xlabel="training step", ylabel="last-shot accuracy (%), all queries\n(o.o.d.: validation tasks)", ylim=(0, 104))
     ax.legend(fontsize=8)
     return {"curves": fig}
@@ -1024,21 +1069,35 @@ def save_pictures(folder, figures):
 
 
 def save_json(path, content):
+    def clean(value):                                         # JSON has no nan
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(v) for v in value]
+        return None if isinstance(value, float) and np.isnan(value) else value
     with open(path, "w") as f:
-        json.dump(content, f, indent=1)
+        json.dump(clean(content), f, indent=1, allow_nan=False)
 
 
 def open_lab(args):
     """What every part needs: model, config, split, device, and the residues in the order of each group."""
     file = os.path.join(args.path, "best.pt") if os.path.isdir(args.path) else args.path
     checkpoint, device = g.load_checkpoint(file), g.pick_device(args.device)
+    cfg, split, weights = g.Config(**checkpoint["config"]), checkpoint["split"], checkpoint["model"]
+    g.validate(replace(cfg, device="cpu", amp="off"))
     try:
+        for name in ("id", "val_ood", "test_ood", "train_inputs", "test_inputs"):
+            pairs = split[name]
+            if pairs.dtype != torch.long or pairs.shape != (len(pairs), 2) or not (0 <= pairs.min() <= pairs.max() < cfg.p):
+                raise ValueError
+        if weights["embedding.weight"].shape != (cfg.p, cfg.embd) or f"blocks.{cfg.depth - 1}.norm1.weight" not in weights \
+                or not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError
         model, cfg = g.load_model(checkpoint, device)
-        split = {name: checkpoint["split"][name] for name in ("id", "val_ood", "test_ood", "train_inputs", "test_inputs")}
-    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as e:
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
         g.die(f"{file}: damaged; its weights or split don't fit its config ({type(e).__name__})")
     bases = generators(cfg.p)
-    base = args.base or (27 if cfg.p == 29 else bases[0])
+    base = (27 if cfg.p == 29 else bases[0]) if args.base is None else args.base
     if base not in bases:
         g.die(f"--base {base}: must generate the non-zero residues mod {cfg.p}: {', '.join(map(str, bases))}")
     return SimpleNamespace(path=args.path, file=file, model=model, cfg=cfg, split=split, device=device, p=cfg.p,
@@ -1085,11 +1144,15 @@ def main(argv=None):
         arrays |= {f"{part}/{name}": array for name, array in found.items()}
         if plt:
             figures |= draw(plt, lab, numbers[part], found)
-    say("In short", "\n".join(f"{part}: {numbers[part]['finding']}" for part in parts))
-    save_json(os.path.join(out, "analysis.json"), numbers)
-    np.savez_compressed(os.path.join(out, "analysis.npz"), **arrays)
-    save_pictures(out, figures)
-    print(f"\nWrote analysis.json, analysis.npz" + "".join(f", {name}.png" for name in figures) + f" to {out}")
+    say("In short", "\n".join(textwrap.fill(f"{part}: {numbers[part]['finding']}", 110, subsequent_indent="    ")
+                              for part in parts))
+    try:
+        save_json(os.path.join(out, "analysis.json"), numbers)
+        np.savez_compressed(os.path.join(out, "analysis.npz"), **arrays)
+        save_pictures(out, figures)
+    except OSError as e:
+        g.die(f"--out {out}: {e.filename or 'a file'} can't be written ({e.strerror})")
+    print("\nWrote analysis.json, analysis.npz" + "".join(f", {name}.png" for name in figures) + f" to {out}")
 
 
 if __name__ == "__main__":

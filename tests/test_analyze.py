@@ -90,7 +90,7 @@ def test_activations_are_the_models_own():
 
 
 def test_p_values_count_the_measured_score():
-    assert a.p_value(0.9, [0.1] * 99) == 0.01 and a.p_value(0.1, [0.1] * 99) == 1
+    assert math.isnan(a.p_value(math.nan, [math.nan])) and a.p_value(0.9, [0.1] * 99) == 0.01 and a.p_value(0.1, [0.1] * 99) == 1
 
 # -------------------------------------------------------------------------------------------------
 # Shots and skills
@@ -154,6 +154,19 @@ def test_skills_against_brute_force(p):
                                         "regression" if (x, y) in sums else "undetermined")
 
 
+def test_standard_errors_are_those_of_independent_tasks():
+    """Of one query a context and one context a task, the binomial's; copies of a context add nothing."""
+    gen = torch.Generator().manual_seed(0)
+    hits, skill = torch.rand(400, 1, generator=gen) < 0.3, torch.ones(400, 1, dtype=torch.long)
+    share = hits.double().mean().item()
+    expected = math.sqrt(share * (1 - share) / 399)
+    assert a.skill_errors(hits, skill, torch.arange(400))[1].item() == pytest.approx(expected)
+    hits, skill = hits.repeat(3, 5), skill.repeat(3, 5)
+    error = a.skill_errors(hits, skill, torch.arange(400).repeat(3))
+    assert error[1].item() == pytest.approx(expected) and error[0].isnan()
+    assert a.skill_errors(hits[:3], skill[:3], torch.zeros(3, dtype=torch.long))[1].isnan()
+
+
 def test_accuracy_by_skill():
     hits, skill = torch.tensor([1, 0, 1, 1, 0], dtype=torch.bool), torch.tensor([0, 0, 1, 1, 3])
     score = a.by_skill(hits, skill).tolist()
@@ -177,7 +190,7 @@ def test_attention_masses_of_planted_heads():
                 [c * xy[i][0] % p, c * xy[i][1] % p] == xy[q] for c in range(p))]
             for i in match:
                 weights[b, 2, 3 * q + 1, 3 * i + 2] = 1 / len(match)
-    masses = a.attention_masses(weights, tokens, p)
+    masses = a.attention_masses(weights[:, :, 1::3], tokens, p)
     assert masses["own x"].tolist() == pytest.approx([masses["own y"][0].item(), 1, 0])
     assert masses["own y"].tolist()[1:] == [0, 0]
     assert masses["earlier x"][0] == pytest.approx(masses["earlier z"][0].item())
@@ -210,6 +223,8 @@ def test_circles_and_what_is_none(p):
     assert share == pytest.approx(0.9, abs=1e-5) and best.tolist() == [1, 0]
     line = ((circle - 4).real + 0j) * (1 + 2j)
     assert a.circularity(line, order)[0] == pytest.approx(0.5, abs=1e-5)
+    to_and_fro = torch.where(x % 2 == 0, 1, -1) * (1 + 2j)                   # a character, but no circle
+    assert a.circularity(to_and_fro, order)[0] < 1e-6
 
     nulls = [a.relabelled(order, 400, s) for s in (1, 2)]
     def p_of(plane):
@@ -295,7 +310,10 @@ def test_ratio_gap():
     vectors = F.normalize(noise(p * p, 500), dim=-1)
     assert abs(a.ratio_gap(vectors @ vectors.T, p)) < 0.02
     renamed = torch.tensor([0, 2, 1, 3, 4, 5, 6])
-    assert a.ratio_gap(one_hot @ one_hot.T, p, renamed) < 0.7
+    assert a.ratio_gap(one_hot @ one_hot.T, p, rename=renamed) < 0.7
+    z = (g.grid(p)[:, 0] ** 2 + g.grid(p)[:, 1]) % p                         # same z alike: not either, if we are told z
+    same = F.one_hot(z, p).float()
+    assert abs(a.ratio_gap(same @ same.T, p)) > 0.01 and a.ratio_gap(same @ same.T, p, z) == 0
 
 # -------------------------------------------------------------------------------------------------
 # Causal tests
@@ -387,7 +405,8 @@ def test_everything_on_a_run(tiny_run, tmp_path, monkeypatch, capsys, pictures):
     a.main([str(tiny_run), "--out", str(tmp_path)])
     out = capsys.readouterr().out
     numbers = json.loads((tmp_path / "analysis.json").read_text())
-    assert set(a.PARTS) <= numbers.keys() and all(numbers[part]["finding"] in out for part in a.PARTS)
+    told = " ".join(out.split())
+    assert set(a.PARTS) <= numbers.keys() and all(numbers[part]["finding"] in told for part in a.PARTS)
     assert "shots/id_train" in np.load(tmp_path / "analysis.npz")
     assert bool(list(tmp_path.glob("*.png"))) == pictures and ("pip install matplotlib" in out) != pictures
     a.main([str(tiny_run), "skills", "causal", "--out", str(tmp_path)])      # the same figures each time
@@ -403,6 +422,12 @@ def test_everything_on_a_run(tiny_run, tmp_path, monkeypatch, capsys, pictures):
     (["truncated.pt"], ["truncated.pt", "damaged"]),
     (["foreign.pt"], ["foreign.pt", "not a checkpoint of this program"]),
     (["shapes.pt"], ["shapes.pt", "fit"]),
+    (["empty_set.pt"], ["empty_set.pt", "split"]),
+    (["nan.pt"], ["nan.pt", "fit"]),
+    (["composite.pt"], ["--p 9", "prime"]),
+    (["RUN", "--base", "0"], ["--base 0"]),
+    (["phases", "twice/a", "twice/b"], ["twice/b", "tasks"]),
+    (["phases", "no_p"], ["config.json"]),
     (["RUN", "heads"], ["heads", "fourier"]),
     (["RUN", "--base", "1"], ["--base 1", "2"]),
     (["RUN", "--device", "tpu"], ["--device tpu", "cpu"]),
@@ -420,8 +445,12 @@ def test_bad_input_is_refused_in_one_line(argv, words, tiny_run, tmp_path, monke
     Path("truncated.pt").write_bytes((tiny_run / "best.pt").read_bytes()[:500])
     torch.save({"weights": torch.zeros(3)}, "foreign.pt")
     checkpoint = torch.load(tiny_run / "best.pt", weights_only=True)
-    checkpoint["config"]["embd"] = 32
-    torch.save(checkpoint, "shapes.pt")
+    for name, key, field, value in (("shapes", "config", "embd", 32), ("composite", "config", "p", 9),
+                                    ("nan", "model", "norm.weight", torch.full((16,), math.nan)),
+                                    ("empty_set", "split", "test_ood", torch.zeros(0, 2, dtype=torch.long))):
+        torch.save({**checkpoint, key: {**checkpoint[key], field: value}}, f"{name}.pt")
+    fake_run(Path("twice/a"), 0.5, 4, "1000"), fake_run(Path("twice/b"), 0.5, 4, "1000"), fake_run(Path("no_p"), 0.5, 4, "1000")
+    Path("no_p/config.json").write_text('{"alpha": 0.5, "tasks": 4, "p": 0}')
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as stop:
         a.main([str(tiny_run) if word == "RUN" else word for word in argv])
