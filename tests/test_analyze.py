@@ -289,8 +289,8 @@ def test_fourier_summary_and_its_null(p):
 def test_dead_neurons_are_not_counted():
     f = torch.cat((wave(7, "additive", 1, 1)[..., None], torch.zeros(7, 7, 3)), -1)
     order = torch.arange(7)
-    row, _, _ = a.group_summary([f], order, [a.relabelled(order, 5, s) for s in (0, 1)])
-    assert (row["alive"], row["n"], row["one-frequency"]) == (1, 4, 1)
+    row, _, share = a.group_summary([f], order, [a.relabelled(order, 5, s) for s in (0, 1)])
+    assert (row["alive"], row["n"], row["one-frequency"]) == (1, 4, 1) and share.isnan().tolist() == [False] + [True] * 3
 
 
 def test_signed_frequencies():
