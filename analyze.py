@@ -540,11 +540,9 @@ def ratio_gap(similarity, p, z=None, rename=None):
 def part_similarity(lab):
     """Cosine similarity of each block's residual stream between all pairs of queries, at y and at z."""
     tasks, seen = observed(lab)
-    nonzero = lab.orders["multiplicative"]
-    renames = torch.cat((torch.zeros(200, 1, dtype=torch.long),
-                         relabelled(nonzero.sort().values, 200, SEED)), dim=1)       # 0 keeps its name
-    if lab.p ** 2 > 200:
-        renames = renames[:20]
+    nonzero = lab.orders["additive"][1:]
+    n = 200 if lab.p < 13 else 20
+    renames = torch.cat((torch.zeros(n, 1, dtype=torch.long), relabelled(nonzero, n, SEED)), 1)    # 0 keeps its name
     zs = (tasks[:, None] * g.grid(lab.p)).sum(-1) % lab.p                            # (contexts, p*p)
     numbers, arrays = {}, {}
     for i in lab.blocks:
