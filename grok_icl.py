@@ -93,6 +93,10 @@ PRESETS = {
     "laptop": dict(p=7, tasks=32, examples=16, depth=4, embd=64, init_std=0.125, optimizer="muon",
                    lr=0.02, wd=0.5, batch=128, steps=2800, warmup=100, curriculum=700,
                    eval_every=100, patience=10),
+    # an hour of the same: with p*p = 121 inputs the ones never trained on come along
+    "hour": dict(p=11, tasks=64, examples=24, depth=4, embd=64, init_std=0.125, optimizer="muon",
+                 lr=0.004, wd=0.5, batch=192, steps=4000, warmup=100, curriculum=2500,
+                 eval_every=100, patience=10),
 }
 
 MLP_RATIO = 4                 # MLP width / residual width
@@ -253,7 +257,12 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention. `at` picks the positions that ask; all positions answer."""
+    """
+    Causal multi-head self-attention. `at` picks the positions that ask; all positions answer.
+
+    x (B, T, C) is what each position holds. Before the first block that depends on its token alone, so
+    there x is one row a residue, (p, C): p rows are projected instead of B*T, and placed by tokens.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -261,13 +270,14 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (
             nn.Linear(cfg.embd, cfg.embd, bias=False) for _ in range(4))
 
-    def forward(self, x, rotary, mask, at, note):
-        def split(t):
-            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)                 # (B, H, T, D)
+    def forward(self, x, tokens, rotary, mask, at, note):
+        def project(linear, at=slice(None)):
+            y = linear(x[:, at]) if x.ndim == 3 else F.embedding(tokens[:, at], linear(x))
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         cos, sin = rotary
-        q = rotate(split(self.query(x[:, at])), cos[at], sin[at])                    # (B, H, Q, D)
-        k = rotate(split(self.key(x)), cos, sin)                                     # (B, H, T, D)
-        v = split(self.value(x))                                                     # (B, H, T, D)
+        q = rotate(project(self.query, at), cos[at], sin[at])                        # (B, H, Q, D)
+        k = rotate(project(self.key), cos, sin)                                      # (B, H, T, D)
+        v = project(self.value)                                                      # (B, H, T, D)
         scores = q @ k.mT / math.sqrt(q.size(-1))                                    # (B, H, Q, T)
         weights = scores.masked_fill(mask[at], -math.inf).softmax(dim=-1)
         heads = weights @ v                                                          # (B, H, Q, D)
@@ -294,8 +304,8 @@ class Block(nn.Module):
         self.norm1, self.attention = nn.LayerNorm(cfg.embd), Attention(cfg)
         self.norm2, self.mlp = nn.LayerNorm(cfg.embd), MLP(cfg)
 
-    def forward(self, x, rotary, mask, at, note):
-        x = x[:, at] + self.attention(self.norm1(x), rotary, mask, at, note)         # (B, Q, C)
+    def forward(self, x, rows, tokens, rotary, mask, at, note):
+        x = x[:, at] + self.attention(self.norm1(rows), tokens, rotary, mask, at, note)      # (B, Q, C)
         x = x + self.mlp(self.norm2(x), note)
         note("residual", x)
         return x
@@ -343,7 +353,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             at = slice(1, None, 3) if last and not everywhere else slice(None)
-            x = block(x, rotary, mask, at, note)
+            x = block(x, x if i else self.embedding.weight, tokens, rotary, mask, at, note)
         return self.norm(x) @ self.embedding.weight.T                                # (B, k, p)
 
 

@@ -198,7 +198,7 @@ def test_attention_equals_torchs_own(at):
     model, tokens = model_and_tokens()
     layer, x = model.blocks[0].attention, model.embedding(tokens)
     T, noted = x.size(1), {}
-    ours = layer(x, (model.cos[:T], model.sin[:T]), model.future[:T, :T], at, noted.__setitem__)
+    ours = layer(x, tokens, (model.cos[:T], model.sin[:T]), model.future[:T, :T], at, noted.__setitem__)
 
     def heads(linear):
         return linear(x).view(len(x), T, 2, 8).transpose(1, 2)
@@ -207,6 +207,19 @@ def test_attention_equals_torchs_own(at):
     torch.testing.assert_close(ours, layer.out(theirs.transpose(1, 2).flatten(2))[:, at])
     torch.testing.assert_close(noted["heads"], theirs[:, :, at])
     torch.testing.assert_close(noted["attention"].sum(-1), torch.ones(noted["attention"].shape[:-1]))
+
+
+@pytest.mark.parametrize("at", [slice(None), slice(1, None, 3)])
+def test_one_row_a_residue_is_as_good_as_one_a_position(at):
+    """The first block's shortcut: same output, same gradient of the embedding."""
+    model, tokens = model_and_tokens()
+    T, outs, grads = tokens.size(1), [], []
+    for x in (model.embedding.weight, model.embedding(tokens)):
+        outs.append(model.blocks[0].attention(x, tokens, (model.cos[:T], model.sin[:T]),
+                                              model.future[:T, :T], at, lambda *_: None))
+        grads.append(torch.autograd.grad(outs[-1].square().sum(), model.embedding.weight)[0])
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*grads)
 
 
 def test_no_prediction_sees_its_answer_or_anything_later():
