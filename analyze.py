@@ -442,20 +442,22 @@ def directions(power):
     return [(part / total).item() for part in (x, y, ratio, (total - x - y - ratio).clamp(min=0))]
 
 
-def group_summary(fs, order, null_orders):
+def group_summary(fs, order, null_orders, parts=None):
     """
     Fourier summary of functions in one group: fs, a list over contexts of (p, p, n).
 
     Their powers are averaged over contexts. The null repeats it with x and y each in a random order
     (null_orders, two tensors (R, m)), which keeps what depends on x alone, y alone or both, and
-    destroys all arithmetic.
+    destroys all arithmetic. "as a whole": each of so many equal parts of the n as one object (a head).
+    Returns (a dict of numbers, power (m, m, n), share of the strongest pair (n,), nan where dead).
     """
     def of(orders):
-        return sum(spectrum(f, *orders) for f in fs) / len(fs)
-    power = of([order])
+        power = sum(spectrum(f, *orders) for f in fs) / len(fs)
+        return power, dominant(power), parts and dominant(power.unflatten(-1, (parts, -1)).sum(-1))
+    power, (share, frequency), whole = of([order])
     alive = power.sum((0, 1)) > 1e-6 * power.sum((0, 1)).max()
-    share, frequency = dominant(power)
-    null = [dominant(of(pair))[0] for pair in zip(*null_orders)]
+    null, null_whole = zip(*(of(pair)[1:] for pair in zip(*null_orders)))
+    null = [s for s, _ in null]
     counts = [(s[alive] >= ONE_FREQUENCY).sum().item() for s in null]
     count = (share[alive] >= ONE_FREQUENCY).sum().item()
     medians = [s[alive].median().item() for s in null]
@@ -464,6 +466,9 @@ def group_summary(fs, order, null_orders):
             "p": p_value(count, counts), "median share": share[alive].median().item(),
             "null median share": medians, "p median": p_value(share[alive].median().item(), medians),
             "directions": directions(power.sum(-1)),
+            "as a whole": [{"share": s.item(), "frequency": signed(f.tolist(), len(order)),
+                            "null 95%": q.quantile(0.95).item(), "p": p_value(s.item(), q.tolist())}
+                           for s, f, q in zip(*whole, torch.stack([s for s, _ in null_whole]).T)] if parts else [],
             "top": sorted(((signed(f, len(order)), n) for f, n in zip(found.tolist(), times.tolist())),
                           key=lambda pair: -pair[1])[:4]}, power, share.where(alive, torch.nan)
 
@@ -482,17 +487,8 @@ def part_fourier(lab):
         numbers[name] = {}
         for group, order in lab.orders.items():
             nulls = [relabelled(order, n, SEED + i) for i in (0, 1)]
-            row, power, share = group_summary(fs, order, nulls)
-            if not name.endswith("neurons"):                  # a head, or the embedding, as one object
-                heads = lab.cfg.heads if name.endswith("heads") else 1
-                def of(orders):
-                    power = sum(spectrum(f, *orders) for f in fs)
-                    return dominant(power.unflatten(-1, (heads, -1)).sum(-1))
-                one, frequency = of([order])
-                null = torch.stack([of(pair)[0] for pair in zip(*nulls)])            # (R, heads)
-                row["as a whole"] = [{"share": s.item(), "frequency": signed(f.tolist(), len(order)),
-                                      "null 95%": q.quantile(0.95).item(), "p": p_value(s.item(), q.tolist())}
-                                     for s, f, q in zip(one, frequency, null.T)]
+            wholes = {"heads": lab.cfg.heads, "embedding": 1}.get(name.split(".")[-1])
+            row, power, share = group_summary(fs, order, nulls, wholes)
             numbers[name][group] = row
             arrays[f"{name} {group} power"], arrays[f"{name} {group} share"] = power.mean(-1).numpy(), share.numpy()
     say("Fourier: which group's characters are the activations at the query's y made of?",
@@ -507,7 +503,7 @@ def part_fourier(lab):
                   + "  " + " ".join(f"{f}:{c}" for f, c in row["top"]))
     print(f"\nstrongest pair of each head as a whole, % of its variance (95% of the null)\n{'':12}{'multiplicative':34}additive")
     for name, groups in numbers.items():
-        for h in range(len(groups["additive"].get("as a whole", []))):
+        for h in range(len(groups["additive"]["as a whole"])):
             cells = [groups[group]["as a whole"][h] for group in ("multiplicative", "additive")]
             print(f"{name.replace('.heads', f'.{h}'):12}" + "".join(
                 f"{c['frequency']:>9}{100 * c['share']:6.1f} ({100 * c['null 95%']:4.1f}), p {c['p']:.2f}    " for c in cells))

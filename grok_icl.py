@@ -257,12 +257,7 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """
-    Causal multi-head self-attention. `at` picks the positions that ask; all positions answer.
-
-    x (B, T, C) is what each position holds. Before the first block that depends on its token alone, so
-    there x is one row a residue, (p, C): p rows are projected instead of B*T, and placed by tokens.
-    """
+    """Causal multi-head self-attention. `at` picks the positions that ask; all positions answer."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -270,14 +265,21 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (
             nn.Linear(cfg.embd, cfg.embd, bias=False) for _ in range(4))
 
+    def project(self, linear, x, tokens, at=slice(None)):
+        """
+        linear(x) at some positions, split into heads: (B, H, Q, D).
+
+        x (B, T, C) is what the positions hold. Before the first block that depends on their token alone:
+        there x is one row a residue, (p, C), and p rows are projected instead of B*T.
+        """
+        y = linear(x[:, at]) if x.ndim == 3 else F.embedding(tokens[:, at], linear(x))       # (B, Q, C)
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def forward(self, x, tokens, rotary, mask, at, note):
-        def project(linear, at=slice(None)):
-            y = linear(x[:, at]) if x.ndim == 3 else F.embedding(tokens[:, at], linear(x))
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         cos, sin = rotary
-        q = rotate(project(self.query, at), cos[at], sin[at])                        # (B, H, Q, D)
-        k = rotate(project(self.key), cos, sin)                                      # (B, H, T, D)
-        v = project(self.value)                                                      # (B, H, T, D)
+        q = rotate(self.project(self.query, x, tokens, at), cos[at], sin[at])        # (B, H, Q, D)
+        k = rotate(self.project(self.key, x, tokens), cos, sin)                      # (B, H, T, D)
+        v = self.project(self.value, x, tokens)                                      # (B, H, T, D)
         scores = q @ k.mT / math.sqrt(q.size(-1))                                    # (B, H, Q, T)
         weights = scores.masked_fill(mask[at], -math.inf).softmax(dim=-1)
         heads = weights @ v                                                          # (B, H, Q, D)
