@@ -53,7 +53,7 @@ def option(default, group, help, accepts=None):
 
 @dataclass
 class Config:
-    """One run; each field is a flag of that name. The defaults are the paper's, but for patience."""
+    """One run; each field is a flag of that name. The defaults are the paper's, patience apart."""
     # what is learned
     p: int = option(29, "task", "prime modulus; its residues are the whole vocabulary")
     tasks: int = option(512, "task", "pre-training tasks (a, b), out of p*p", (1, 10**6))
@@ -68,7 +68,7 @@ class Config:
     init_std: float = option(0.02, "model", "standard deviation of the initial weights", (1e-6, 10))
     # how it is trained
     optimizer: str = option("adamw", "training", "what updates the weight matrices", ["adamw", "muon"])
-    lr: float = option(1.5e-4, "training", "peak learning rate (paper: 1e-4 for random tasks)", (1e-12, 1e3))
+    lr: float = option(1.5e-4, "training", "peak learning rate (paper: 1e-4 for random tasks); of the matrices under muon", (1e-12, 1e3))
     wd: float = option(2.0, "training", "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(1024, "training", "sequences a step, rounded up to a multiple of --tasks", (1, 10**6))
     steps: int = option(200_000, "training", "training steps; the cosine schedule ends here", (1, 10**9))
@@ -93,7 +93,7 @@ PRESETS = {
     "laptop": dict(p=7, tasks=32, examples=16, depth=4, embd=64, init_std=0.125, optimizer="muon",
                    lr=0.02, wd=0.5, batch=128, steps=2800, warmup=100, curriculum=700,
                    eval_every=100, patience=10),
-    # an hour of the same: with p*p = 121 inputs the ones never trained on come along
+    # up to an hour: 97 training inputs are harder to memorize than 39, so test inputs are learned too
     "hour": dict(p=11, tasks=64, examples=24, depth=4, embd=64, init_std=0.125, optimizer="muon",
                  lr=0.004, wd=0.5, batch=192, steps=4000, warmup=100, curriculum=2500,
                  eval_every=100, patience=0),   # test inputs wait for the curriculum to end
@@ -108,7 +108,7 @@ REPORT_SEQUENCES = 4096       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
 PHASE_THRESHOLD = 0.5         # last-shot accuracy on novel queries from which a set counts as good
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
-RUN_FILES = ("metrics.csv", "best.pt", "last.pt")
+RUN_FILES = ("config.json", "metrics.csv", "best.pt", "last.pt")
 
 
 def die(message):
@@ -187,7 +187,11 @@ def inverses(p, device):
 
 
 def line_of(inputs, p):
-    """The line through the origin on which each input (n, 2) lies: its ratio y/x, or p for x = 0."""
+    """
+    The line through the origin on which each input (n, 2) lies: its ratio y/x, or p for x = 0.
+
+    The origin itself lies on all of them; it counts to x = 0.
+    """
     x, y = inputs.unbind(-1)
     return torch.where(x > 0, y * inverses(p, inputs.device)[x] % p, p)              # (n,)
 
@@ -209,14 +213,15 @@ def training_batch(tasks, inputs, per_task, k, p, generator, lines=None):
         chosen = draw(k)                                                             # (per_task, k)
     else:
         line = line_of(inputs, p)
-        allowed = (line[draw(lines)][:, :, None] == line).any(1)                     # (per_task, n)
+        allowed = (line[draw(lines)][:, :, None] == line).any(1)                # (per_task, inputs)
         chosen = torch.multinomial(allowed.float(), k, replacement=True, generator=generator)
     shared = inputs[chosen].repeat(len(tasks), 1, 1)                           # (n * per_task, k, 2)
     return to_tokens(tasks.repeat_interleave(per_task, 0), shared, p)
 
 
 def curriculum_lines(step, cfg):
-    """How many lines a training sequence may use: from 1 to p + 1 over the curriculum, then None."""
+    """How many lines a training sequence may use: from 1 to p over the curriculum, then None (any)."""
+    # (p + 1) ** (a third), say, comes out as 1.9999999 where it is 2
     return int((cfg.p + 1) ** (step / cfg.curriculum) + 1e-9) if step < cfg.curriculum else None
 
 
@@ -265,23 +270,26 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (
             nn.Linear(cfg.embd, cfg.embd, bias=False) for _ in range(4))
 
-    def project(self, linear, x, tokens, at=slice(None)):
+    def project(self, linear, rows, tokens, at=slice(None)):
         """
-        linear(x) at some positions, split into heads: (B, H, Q, D).
+        linear of some positions, split into heads: (B, H, Q, D).
 
-        x (B, T, C) is what the positions hold. Before the first block that depends on their token alone:
-        there x is one row a residue, (p, C), and p rows are projected instead of B*T.
+        rows is what the positions hold, (B, T, C). Before the first block that depends on their token
+        alone: there rows is one row a residue, (p, C), and p rows are projected instead of B*T.
         """
-        y = linear(x[:, at]) if x.ndim == 3 else F.embedding(tokens[:, at], linear(x))       # (B, Q, C)
+        if rows.ndim == 2:
+            y = F.embedding(tokens[:, at], linear(rows))                             # (B, Q, C)
+        else:
+            y = linear(rows[:, at])
         return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x, tokens, rotary, mask, at, note):
+    def forward(self, rows, tokens, rotary, future, at, note):
         cos, sin = rotary
-        q = rotate(self.project(self.query, x, tokens, at), cos[at], sin[at])        # (B, H, Q, D)
-        k = rotate(self.project(self.key, x, tokens), cos, sin)                      # (B, H, T, D)
-        v = self.project(self.value, x, tokens)                                      # (B, H, T, D)
+        q = rotate(self.project(self.query, rows, tokens, at), cos[at], sin[at])     # (B, H, Q, D)
+        k = rotate(self.project(self.key, rows, tokens), cos, sin)                   # (B, H, T, D)
+        v = self.project(self.value, rows, tokens)                                   # (B, H, T, D)
         scores = q @ k.mT / math.sqrt(q.size(-1))                                    # (B, H, Q, T)
-        weights = scores.masked_fill(mask[at], -math.inf).softmax(dim=-1)
+        weights = scores.masked_fill(future[at], -math.inf).softmax(dim=-1)
         heads = weights @ v                                                          # (B, H, Q, D)
         note("attention", weights)
         note("heads", heads)
@@ -306,8 +314,9 @@ class Block(nn.Module):
         self.norm1, self.attention = nn.LayerNorm(cfg.embd), Attention(cfg)
         self.norm2, self.mlp = nn.LayerNorm(cfg.embd), MLP(cfg)
 
-    def forward(self, x, rows, tokens, rotary, mask, at, note):
-        x = x[:, at] + self.attention(self.norm1(rows), tokens, rotary, mask, at, note)      # (B, Q, C)
+    def forward(self, x, rows, tokens, rotary, future, at, note):
+        """rows: x, or what gives it for each residue, see Attention.project; note(name, value) records."""
+        x = x[:, at] + self.attention(self.norm1(rows), tokens, rotary, future, at, note)    # (B, Q, C)
         x = x + self.mlp(self.norm2(x), note)
         note("residual", x)
         return x
@@ -337,17 +346,18 @@ class GPT(nn.Module):
         Logits of each z from the tokens before it: tokens (B, T) -> (B, k, p).
 
         A z is predicted at the y before it, positions 1, 4, 7, ... No other output is scored, so the
-        last block asks at those alone (its keys and values come from everywhere): the same logits
-        for 28% fewer operations at depth 2. everywhere=True computes all positions, (B, T, p).
+        last block asks at those alone (its keys and values come from everywhere): the same logits for
+        28% fewer operations at depth 2; with one row a residue in the first block it is 40%.
+        everywhere=True computes all positions, (B, T, p).
 
         A dict passed as record is filled, block by block, with "0.attention" (B, H, Q, T),
         "0.heads" (B, H, Q, D), "0.neurons" (B, Q, 4C) and "0.residual" (B, Q, C), and "embedding".
         """
         T = tokens.size(1)
-        rotary, mask = (self.cos[:T], self.sin[:T]), self.future[:T, :T]
+        rotary, future = (self.cos[:T], self.sin[:T]), self.future[:T, :T]
         x = self.embedding(tokens)                                                   # (B, T, C)
 
-        def note(name, value):                        # i is the block at hand
+        def note(i, name, value):
             if record is not None:
                 record[f"{i}.{name}"] = value
         if record is not None:
@@ -355,7 +365,8 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             at = slice(1, None, 3) if last and not everywhere else slice(None)
-            x = block(x, x if i else self.embedding.weight, tokens, rotary, mask, at, note)
+            rows = self.embedding.weight if i == 0 else x
+            x = block(x, rows, tokens, rotary, future, at, partial(note, i))         # (B, Q, C)
         return self.norm(x) @ self.embedding.weight.T                                # (B, k, p)
 
 
@@ -424,13 +435,17 @@ def some_shots(examples):
 
 
 def phase(good):
-    """The paper's phase (figure 1b), from whether each of the four sets is answered well."""
+    """
+    The paper's phase (figure 1b), from whether each of the four sets is answered well.
+
+    good: four bools in the order of eval_sequences: i.d. tasks with train and with test inputs, then o.o.d.
+    """
     return {(True, False, False, False): "in-distribution memorization",
             (True, True, False, False): "in-distribution generalization",
             (True, False, True, False): "o.o.d. memorization",
             (True, True, True, True): "o.o.d. generalization",
             (False, False, False, False): "none yet: even i.d. train inputs are answered badly",
-            }.get(tuple(good), "between two phases")
+            }.get(tuple(good), "none of the paper's")
 
 # -------------------------------------------------------------------------------------------------
 # 5. Training
@@ -495,7 +510,7 @@ def pick_device(name):
     except (RuntimeError, AssertionError):
         pass
     there = ["auto", "cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    die(f"--device {name}: not usable here; there is {', '.join(there)}")
+    die(f"--device {name or repr(name)}: not usable here; there is {', '.join(there)}")
 
 
 def mixed_precision(cfg, device):
@@ -520,17 +535,20 @@ def start(cfg, checkpoint=None):
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast, run.scaler = mixed_precision(cfg, device)
     if checkpoint:
-        run.step, run.history, run.loss_steps = (checkpoint[k] for k in ("step", "history", "loss_steps"))
-        run.loss_sum += checkpoint["loss_sum"].to(device)
-        run.model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(run.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        if checkpoint["scaler"]:
-            run.scaler.load_state_dict(checkpoint["scaler"])
-        if checkpoint["device"] == device.type:
-            run.generator.set_state(checkpoint["generator"])
-        else:                                         # CPU and GPU draw different random numbers
-            run.generator.manual_seed(cfg.seed + run.step)
+        try:
+            run.step, run.history, run.loss_steps = (checkpoint[k] for k in ("step", "history", "loss_steps"))
+            run.loss_sum += checkpoint["loss_sum"].to(device)
+            run.model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(run.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if checkpoint["scaler"]:
+                run.scaler.load_state_dict(checkpoint["scaler"])
+            if checkpoint["device"] == device.type:
+                run.generator.set_state(checkpoint["generator"])
+            else:                                     # CPU and GPU draw different random numbers
+                run.generator.manual_seed(cfg.seed + run.step)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+            die(f"{cfg.out}/last.pt: damaged; it doesn't fit its own config ({type(e).__name__})")
     return run
 
 
@@ -609,7 +627,8 @@ def hours_left(run, cfg):
         z_loss(run.model, tokens).backward()
         seconds = time.perf_counter() - begin
     run.model.zero_grad()
-    return seconds * cfg.batch / len(tokens) * (cfg.steps - run.step) / 3600
+    batch = math.ceil(cfg.batch / cfg.tasks) * cfg.tasks
+    return seconds * batch / len(tokens) * (cfg.steps - run.step) / 3600
 
 
 def train(run, cfg):
@@ -619,6 +638,8 @@ def train(run, cfg):
     Returns the number of the signal that ended the run early (Ctrl-C's or SLURM's), or None.
     """
     device, history = run.loss_sum.device, run.history
+    if run.step == 0:
+        save(run, cfg, "last.pt")                     # from here on there is something to resume
     tasks, inputs = run.split["id"].to(device), run.split["train_inputs"].to(device)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
@@ -636,7 +657,6 @@ def train(run, cfg):
         bar.write("Finishing this step, then saving. Once more stops at once.")
     handlers = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM)}
 
-    save(run, cfg, "last.pt")                         # from here on there is something to resume
     scores, stop = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1]
     while run.step < cfg.steps and not stop and not signals:
         factor = lr_factor(run.step, cfg.warmup, cfg.steps)
@@ -661,8 +681,9 @@ def train(run, cfg):
         if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
             row = {"step": run.step, "lr": cfg.lr * factor, "loss": run.loss_sum.item() / run.loss_steps}
             if not math.isfinite(row["loss"]):
-                sys.exit(f"error: the loss was {row['loss']} by step {run.step}; try a smaller --lr. "
-                         f"{cfg.out} is as it was at step {history[-1]['step'] if history else 0}")
+                bar.close()
+                sys.exit(f"error: the loss was {row['loss']} by step {run.step}; try a smaller --lr. {cfg.out} "
+                         f"has what was saved before")
             with run.autocast:
                 for name, tokens in sets.items():
                     row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
@@ -688,7 +709,7 @@ def train(run, cfg):
 # -------------------------------------------------------------------------------------------------
 
 def report(folder, device):
-    """Print the best checkpoint's accuracies, the *test* o.o.d. tasks' for the first time, and phase."""
+    """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
     best, last = (load_checkpoint(os.path.join(folder, name)) for name in ("best.pt", "last.pt"))
     model, cfg = load_model(best, device)
     curves = {}
@@ -725,7 +746,8 @@ def parse_config(argv=None):
     Exits with code 2 and one line on anything that can't be run; writes nothing.
     """
     parser = argparse.ArgumentParser(
-        description="Train a transformer on modular arithmetic in context. [defaults] are the paper's.",
+        description="Train a transformer on modular arithmetic in context. [defaults] are the paper's, "
+                    "patience apart.",
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = die
     parser.add_argument("--preset", choices=PRESETS, help="another set of defaults; " + "; ".join(
@@ -760,17 +782,21 @@ def parse_config(argv=None):
     if differ:
         die(f"--resume: {cfg.out} is a run of other settings: {', '.join(differ)}; "
             f"only what --help lists under 'run' may change")
+    if checkpoint.get("history"):                     # the closing report will want best.pt
+        best = load_checkpoint(os.path.join(cfg.out, "best.pt"))
+        if any(best["config"][k] != checkpoint["config"][k] for k in fixed):
+            die(f"{cfg.out}/best.pt: belongs to another run than last.pt")
     cfg = replace(saved, **{k: v for k, v in given.items() if k not in fixed}
                               | {"out": cfg.out, "resume": False})
-    validate(cfg)
+    validate(cfg, f"{cfg.out}/last.pt: ")
     return cfg, preset, checkpoint
 
 
-def validate(cfg):
+def validate(cfg, where=""):
     """Exit with one line that names flag, value and what would do, unless the run can be made."""
     def need(ok, flag, accepted):
         if not ok:
-            die(f"--{flag.replace('_', '-')} {getattr(cfg, flag)}: {accepted}")
+            die(f"{where}--{flag.replace('_', '-')} {getattr(cfg, flag)}: {accepted}")
 
     for f in fields(Config):
         accepts, value = f.metadata["accepts"], getattr(cfg, f.name)
@@ -832,20 +858,16 @@ def main():
     cfg, preset, checkpoint = parse_config()
     try:
         run = start(cfg, checkpoint)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        if not checkpoint:
-            raise
-        die(f"{cfg.out}/last.pt: damaged; it doesn't fit its own config ({type(e).__name__})")
-    claim_folder(cfg)
-    announce(cfg, preset)
-    try:
+        claim_folder(cfg)
+        announce(cfg, preset)
         ended_by = train(run, cfg)
         if not ended_by:
             report(cfg.out, pick_device(cfg.device))
     except KeyboardInterrupt:                         # before the first step, or in the report
         ended_by = signal.SIGINT
     if ended_by:
-        print(f"To go on: python grok_icl.py --resume --out {shlex.quote(cfg.out)}")
+        if os.path.exists(os.path.join(cfg.out, "last.pt")):
+            print(f"To go on: python grok_icl.py --resume --out {shlex.quote(cfg.out)}")
         sys.exit(128 + ended_by)                      # 130 after Ctrl-C, 143 after SIGTERM
 
 

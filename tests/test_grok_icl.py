@@ -352,7 +352,7 @@ def test_no_novel_query_is_nan_and_not_good():
 @pytest.mark.parametrize("good, name", [("1000", "in-distribution memorization"),
                                         ("1100", "in-distribution generalization"),
                                         ("1010", "o.o.d. memorization"), ("1111", "o.o.d. generalization"),
-                                        ("1110", "between two phases")])
+                                        ("1110", "none of the paper's")])
 def test_phases_follow_the_papers_table(good, name):
     assert g.phase([c == "1" for c in good]) == name
 
@@ -458,6 +458,10 @@ def test_training_keeps_what_it_promises(tmp_path):
     differs = run(["--resume", "--out", str(out), "--lr", "0.5"])
     assert differs.returncode == 2 and "--lr 0.5 (saved: 0.01)" in differs.stderr
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+    os.replace(out / "best.pt", tmp_path / "best.pt")            # the report will need it
+    lost = run(["--resume", "--out", str(out)])
+    assert lost.returncode == 2 and "best.pt" in lost.stderr and not (out / "best.pt").exists()
+    os.replace(tmp_path / "best.pt", out / "best.pt")
     same = run(["--resume", "--out", str(out)])                  # a finished run reports once more
     assert same.returncode == 0
     assert same.stdout[same.stdout.index("Best step"):] == done.stdout[done.stdout.index("Best step"):]
@@ -582,8 +586,15 @@ def test_bad_checkpoints_are_refused(kind, tmp_path, monkeypatch, capsys):
         g.main()
     assert path.read_bytes() == before
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and str(path) in err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path) in err and "last.pt" in err
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_folder_with_somebody_elses_config_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        g.parse_config([*TINY_FLAGS, "--out", str(tmp_path)])
+    assert stop.value.code == 2 and (tmp_path / "config.json").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
