@@ -6,7 +6,8 @@ Look inside a model that grok_icl.py trained: which algorithm did it learn, wher
     python analyze.py out/RUN skills causal      some parts only
     python analyze.py phases out/SWEEP/*         many runs: which phase has which (tasks, alpha)
 
-The second half of He, Doshi, Das, Gromov (NeurIPS 2024), a number and a null under every picture:
+The second half of He, Doshi, Das, Gromov (NeurIPS 2024), with a number under every picture, and beside
+it what chance, random order or an oracle would give:
 
     1. Probes          a context, followed by every possible query
     2. shots           accuracy over shots, beside what memory alone could do      (figure 1c)
@@ -19,15 +20,17 @@ The second half of He, Doshi, Das, Gromov (NeurIPS 2024), a number and a null un
     9. curves, phases  training, and many trainings                                (figure 1b)
    10. Pictures, command line, main
 
-Tasks are the *test* o.o.d. tasks throughout. What an intervention needs first (a head's mean, a
-neuron's dominant frequencies) comes from the validation o.o.d. tasks. A finding names the largest of
-all heads or layers: read it against its table.
+Tasks are the *test* o.o.d. tasks, but in section 9: a run's metrics are of its validation tasks. What an
+intervention needs first (a head's mean, a neuron's dominant frequencies) comes from the validation o.o.d.
+tasks too. A finding names the largest of all heads or layers: read it against its table.
 """
 import argparse
 import csv
+import hashlib
 import json
 import os
 import textwrap
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -46,6 +49,8 @@ RELABELLINGS = 1000           # random orders of the residues behind a circle's 
 ONE_FREQUENCY = 0.5           # share of its variance from which a neuron counts as one-frequency
 KEEP = 3                      # dominant frequency pairs that the causal test keeps or removes
 SKILLS = ("copy", "ratio", "regression", "undetermined")
+POSITIONS = {"xy": [0, 1], "xz": [0, 2], "yz": [1, 2]}          # of which a head's outputs are looked at together
+SETS = ("id_train", "id_test", "val_ood_train", "val_ood_test")
 
 # -------------------------------------------------------------------------------------------------
 # 1. Probes
@@ -82,8 +87,8 @@ def activations(model, task, inputs, p):
     """
     What the model computes at the query's x, y and z, for every query after one context.
 
-    A dict of "i.heads" (p, p, H, 3, D), "i.neurons" (p, p, 3, 4C) and "i.residual" (p, p, 3, C),
-    indexed by the query's x, its y, and the position 0, 1, 2 of x, y, z.
+    A dict of "i.heads" (p, p, H, 3, D), "i.neurons" (p, p, 3, 4C), "i.residual" and "embedding" (p, p,
+    3, C), indexed by the query's x, its y, and the position 0, 1, 2 of x, y, z.
     """
     record = Record(lambda name, value: None if "attention" in name else value[..., -3:, :])
     model(query_grid(task, inputs, p).to(model.cos.device), record, everywhere=True)
@@ -224,7 +229,7 @@ def part_skills(lab):
     test, group = is_test.flatten(), torch.arange(len(tasks)) % len(lab.split["test_ood"])
     arrays, numbers = {"shots": np.array(shots), "task": tasks[0].numpy(), "context": inputs[0].numpy(),
                        "right": hits[:, 0].view(-1, p, p).numpy(), "skill": skills[:, 0].view(-1, p, p).numpy()}, {}
-    for side, chosen in (("all", test | True), ("test", test)):
+    for side, chosen in (("all", torch.ones_like(test)), ("test", test)):
         table = torch.stack([by_skill(h[:, chosen], s[:, chosen]) for h, s in zip(hits, skills)])
         errors = torch.stack([skill_errors(h[:, chosen], s[:, chosen], group) for h, s in zip(hits, skills)])
         arrays[f"{side}_accuracy"], arrays[f"{side}_error"] = table.numpy(), errors.numpy()
@@ -330,10 +335,11 @@ def circularity(plane, order, order_y=None):
     How much of the variance of points in a plane is one circle, run through in the given order.
 
     plane is complex (p, p), a point for each (x, y); order (..., m) lists residues, x's and (unless
-    order_y is given) y's. A circle means the point c * exp(2 pi i (k n + l m) / len) for the n-th x
-    and m-th y, so its share of the variance is a Fourier coefficient's: 1 for a circle (or several on
-    top of each other), at most 1/2 for points on a line. The characters that are real, and so run to
-    and fro on a line, don't count. Returns (share of the best circle (...,), its (k, l)).
+    order_y is given) y's. A circle means the point c * exp(2 pi i (k u + l v) / m) for the u-th x and
+    v-th y, so its share of the variance is a Fourier coefficient's: 1 for a circle (or several on top
+    of each other), less for an ellipse or uneven steps, at most 1/2 for points on a line. The characters
+    that are real, and so run to and fro on a line, don't count. Returns (share of the best circle (...,),
+    its (k, l)).
     """
     m = order.size(-1)
     order_y = order if order_y is None else order_y
@@ -346,12 +352,9 @@ def circularity(plane, order, order_y=None):
     return share, torch.stack((best // m, best % m), dim=-1)
 
 
-POSITIONS = {"xy": [0, 1], "xz": [0, 2], "yz": [1, 2]}
-
-
 def part_pca(lab):
     """PCA of each head's output over all inputs, context fixed, and the circle's share with its null."""
-    tasks, seen = observed(lab)
+    _, seen = observed(lab)
     nulls = {group: [relabelled(order, RELABELLINGS, SEED + i) for i in (0, 1)] for group, order in lab.orders.items()}
     numbers, arrays = {}, {}
     for i in lab.blocks:
@@ -475,7 +478,7 @@ def group_summary(fs, order, null_orders, parts=None):
 
 def part_fourier(lab):
     """Spectra of embedding, heads and neurons at the query's y, in both groups, with their nulls."""
-    tasks, seen = observed(lab)
+    _, seen = observed(lab)
     embedding = lab.model.embedding.weight.detach().cpu()[:, None].expand(-1, lab.p, -1)
     parts = {"embedding": [embedding]}
     for i in lab.blocks:
@@ -559,7 +562,7 @@ def part_similarity(lab):
                                         for r in (numbers[f"{i} y"], numbers[f"{i} z"])))
     best = max(numbers, key=lambda name: np.nan_to_num(numbers[name]["gap"] - numbers[name]["null 95%"], nan=-9))
     row = numbers[best]
-    return numbers, arrays, (
+    return numbers, arrays, "Too few residues to tell." if np.isnan(row["gap"]) else (
         f"The ratio y/x shows {'most' if row['gap'] > row['null 95%'] else 'nowhere; nearest'} after block "
         f"{best.replace(' ', ', at ')}: inputs of equal ratio are more alike by {row['gap']:.2f} (95% of the null: "
         f"{row['null 95%']:.2f}).")
@@ -594,7 +597,10 @@ def mean_inputs(model, modules, tokens):
     means = {}
     for module in set(modules):
         total = []
-        with changed(module, lambda x: (total.append(x.sum(0)), x)[1]):
+        def add(x):
+            total.append(x.sum(0))
+            return x
+        with changed(module, add):
             g.correct(model, tokens)
         means[module] = sum(total) / len(tokens)
     return means
@@ -704,12 +710,11 @@ def frequency_tests(lab):
     layers = [pair for i, block in enumerate(lab.model.blocks)
               for pair in ((f"{i}.heads", block.attention.out), (f"{i}.neurons", block.mlp.down))]
     for name, module in tqdm(layers, "frequencies", leave=False):
-        numbers[name] = {}
+        numbers[name], fs = {}, [record[name][..., 1, :].flatten(2) for record in seen]
         for group, order in lab.orders.items():
-            fs = [record[name][..., 1, :].flatten(2) for record in seen]
             power = sum(spectrum(f, order) for f in fs)
             there = multiplicity(len(order))[..., None].expand_as(power) > 0
-            keep = min(KEEP, there[..., 0].sum().item() - 1)                         # p = 3 has but two
+            keep = min(KEEP, there[..., 0].sum().item() - 1)                         # at p = 3 there are few: leave one
             masks = [strongest(power, keep)] + [strongest(torch.rand(power.shape, generator=generator) * there, keep)
                                                 for _ in range(3)]
             only, without = ([score(lambda f: keep_frequencies(f, order, m), module) for m in kept]
@@ -742,11 +747,8 @@ def read_metrics(folder):
         if rows and {"step", *SETS, *(f"{name}_novel" for name in SETS)} <= rows[0].keys():
             return rows
         g.die(f"{path}: no evaluation of this program in it")
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, csv.Error) as e:
         g.die(f"{path}: not readable as a run's metrics ({type(e).__name__})")
-
-
-SETS = ("id_train", "id_test", "val_ood_train", "val_ood_test")
 
 
 def part_curves(lab):
@@ -762,23 +764,30 @@ def part_curves(lab):
 
 
 def phases(folders):
-    """The phase of each run in or under the folders, at its best step: {(alpha, tasks): name}."""
+    """
+    The phase of each run in or under the folders, at its best step: {(alpha, tasks): name}.
+
+    From metrics.csv, so on the validation tasks; a run's own closing report is on its test tasks.
+    """
     runs = [d for folder in folders for d in (
         [folder] if os.path.exists(os.path.join(folder, "metrics.csv")) else
         sorted(e.path for e in os.scandir(folder) if os.path.exists(os.path.join(e.path, "metrics.csv"))))]
     if not runs:
         g.die(f"{' '.join(folders)}: no run (a folder with metrics.csv) there")
-    found = {}
+    found, seen = {}, {}
     for run in runs:
         history = read_metrics(run)
         try:
             with open(os.path.join(run, "config.json")) as f:
                 config = json.load(f)
-            at, chance = (float(config["alpha"]), int(config["tasks"])), 1 / config["p"]
+            at, chance = (float(config["alpha"]), config["tasks"]), 1 / config["p"]
+            if not (0 < at[0] < 1 and isinstance(at[1], int)):
+                raise ValueError
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as e:
             g.die(f"{run}/config.json: not readable as a run's config ({type(e).__name__})")
         if at in found:
-            g.die(f"{run}: another of these runs has alpha {at[0]} and {at[1]} tasks; name one of the two")
+            g.die(f"{run}: alpha {at[0]} and {at[1]} tasks, as {seen[at]} has; name one of the two")
+        seen[at] = run
         best = history[g.early_stopping(history, 0, chance)[0]]
         found[at] = g.phase([best[f"{name}_novel"] >= g.PHASE_THRESHOLD for name in SETS])
         print(f"{run}: alpha {at[0]}, {at[1]} tasks, step {best['step']:.0f}: {found[at]}")
@@ -1057,6 +1066,28 @@ def make_folder(folder):
         g.die(f"--out {folder}: can't be made ({e.strerror}); name a folder that can")
 
 
+def earlier_parts(out, head):
+    """What is in the folder from other parts of the same analysis, so that it isn't lost: (numbers, arrays)."""
+    try:
+        with open(os.path.join(out, "analysis.json")) as f:
+            numbers = json.load(f)
+        if all(numbers[name] == value for name, value in head.items()):
+            with np.load(os.path.join(out, "analysis.npz")) as arrays:
+                return numbers, dict(arrays)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        pass
+    return head, {}
+
+
+@contextmanager
+def written_to(out):
+    """Within, a file that can't be written ends the program with one line."""
+    try:
+        yield
+    except OSError as e:
+        g.die(f"--out {out}: {e.filename or 'a file'} can't be written ({e.strerror})")
+
+
 def save_pictures(folder, figures):
     for name, figure in figures.items():
         figure.savefig(os.path.join(folder, f"{name}.png"), metadata={"Software": None})
@@ -1078,7 +1109,7 @@ def open_lab(args):
     file = os.path.join(args.path, "best.pt") if os.path.isdir(args.path) else args.path
     checkpoint, device = g.load_checkpoint(file), g.pick_device(args.device)
     cfg, split, weights = g.Config(**checkpoint["config"]), checkpoint["split"], checkpoint["model"]
-    g.validate(replace(cfg, device="cpu", amp="off"))
+    g.validate(replace(cfg, device="cpu", amp="off"), f"{file}: ")
     try:
         for name in ("id", "val_ood", "test_ood", "train_inputs", "test_inputs"):
             pairs = split[name]
@@ -1104,11 +1135,13 @@ def main(argv=None):
                                      usage="analyze.py RUN [part ...] | analyze.py phases DIR ...")
     parser.error = g.die
     parser.add_argument("path", metavar="RUN", help="a run's folder, or a checkpoint; or the word phases")
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     parser.add_argument("--base", type=int, help="of discrete logarithms [27 for p = 29, else the smallest generator]")
-    parser.add_argument("--out", help="folder for analysis.json, analysis.npz and pictures [beside the checkpoint]")
-    args = parser.parse_args(argv)
+    parser.add_argument("--out", help="folder for what is written [beside the checkpoint; for phases: this one]")
+    args = parser.parse_intermixed_args(argv)
+    if "" in (args.path, args.out, *args.parts):
+        g.die("'': an empty name; name a run's folder or a checkpoint, a part, a folder for --out")
 
     if args.path == "phases":
         for folder in args.parts:
@@ -1116,10 +1149,11 @@ def main(argv=None):
                 g.die(f"{folder}: no such folder")
         found = phases(args.parts or g.die("phases: name the folders of the runs"))
         out = make_folder(args.out or ".")
-        save_json(os.path.join(out, "phases.json"),
-                  [{"alpha": a, "tasks": n, "phase": name} for (a, n), name in found.items()])
-        if plt := pyplot():
-            save_pictures(out, draw_phases(plt, found))
+        with written_to(out):
+            save_json(os.path.join(out, "phases.json"),
+                      [{"alpha": a, "tasks": n, "phase": name} for (a, n), name in found.items()])
+            if plt := pyplot():
+                save_pictures(out, draw_phases(plt, found))
         return
     for part in args.parts:
         if part not in PARTS:
@@ -1129,23 +1163,27 @@ def main(argv=None):
     parts = [part for part in PARTS if part in args.parts or not args.parts]
     print(f"{lab.file}: p {lab.p}, {lab.cfg.tasks} tasks, alpha {lab.cfg.alpha}, depth {lab.cfg.depth}; logarithms to "
           f"base {lab.base}; torch {torch.__version__} on {lab.device}")
-    numbers, arrays, figures = {"checkpoint": lab.file, "base": lab.base}, {}, {}
+    with open(lab.file, "rb") as f:
+        head = {"checkpoint": lab.file, "sha256": hashlib.sha256(f.read()).hexdigest(), "base": lab.base}
+    numbers, arrays = earlier_parts(out, head)
+    figures = {}
     plt = pyplot()
     for part in parts:
         measure, draw = PARTS[part]
         numbers[part], found, finding = measure(lab)
         numbers[part]["finding"] = finding
+        arrays = {name: array for name, array in arrays.items() if not name.startswith(f"{part}/")}
         arrays |= {f"{part}/{name}": array for name, array in found.items()}
         if plt:
             figures |= draw(plt, lab, numbers[part], found)
     say("In short", "\n".join(textwrap.fill(f"{part}: {numbers[part]['finding']}", 110, subsequent_indent="    ")
                               for part in parts))
-    try:
+    with written_to(out):
         save_json(os.path.join(out, "analysis.json"), numbers)
         np.savez_compressed(os.path.join(out, "analysis.npz"), **arrays)
         save_pictures(out, figures)
-    except OSError as e:
-        g.die(f"--out {out}: {e.filename or 'a file'} can't be written ({e.strerror})")
+    if plt:
+        plt.close("all")
     print("\nWrote analysis.json, analysis.npz" + "".join(f", {name}.png" for name in figures) + f" to {out}")
 
 

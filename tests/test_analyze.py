@@ -409,14 +409,35 @@ def test_everything_on_a_run(tiny_run, tmp_path, monkeypatch, capsys, pictures):
     assert set(a.PARTS) <= numbers.keys() and all(numbers[part]["finding"] in told for part in a.PARTS)
     assert "shots/id_train" in np.load(tmp_path / "analysis.npz")
     assert bool(list(tmp_path.glob("*.png"))) == pictures and ("pip install matplotlib" in out) != pictures
-    a.main([str(tiny_run), "skills", "causal", "--out", str(tmp_path)])      # the same figures each time
-    again = json.loads((tmp_path / "analysis.json").read_text())
-    assert set(again) == {"checkpoint", "base", "skills", "causal"}
+    a.main([str(tiny_run), "skills", "causal", "--out", str(tmp_path / "again")])      # the same figures each time
+    again = json.loads((tmp_path / "again" / "analysis.json").read_text())
+    assert set(again) == {"checkpoint", "sha256", "base", "skills", "causal"}
     assert again["causal"] == numbers["causal"] and again["skills"] == numbers["skills"]
 
 
+def test_parts_of_one_checkpoint_come_together(tiny_run, tmp_path, monkeypatch):
+    """What other parts found stays; what another checkpoint's analysis found does not."""
+    def kept():
+        return set(json.loads((tmp_path / "analysis.json").read_text())) & set(a.PARTS)
+    monkeypatch.setattr(g, "REPORT_SEQUENCES", 64), monkeypatch.setattr(a, "SEQUENCES", 32)
+    for parts in (["shots"], ["--out", str(tmp_path), "attention"]):         # a part may follow a flag
+        a.main([str(tiny_run), "--out", str(tmp_path), *parts])
+    assert kept() == {"shots", "attention"}
+    assert {name.split("/")[0] for name in np.load(tmp_path / "analysis.npz")} == {"shots", "attention"}
+    checkpoint = torch.load(tiny_run / "best.pt", weights_only=True)
+    checkpoint["model"]["norm.weight"] *= 2
+    torch.save(checkpoint, tmp_path / "other.pt")
+    a.main([str(tmp_path / "other.pt"), "shots", "--out", str(tmp_path)])
+    assert kept() == {"shots"}
+    (tmp_path / "analysis.json").write_text("broken")
+    a.main([str(tmp_path / "other.pt"), "shots", "--out", str(tmp_path)])
+    assert kept() == {"shots"}
+
+
 @pytest.mark.parametrize("argv, words", [
-    ([], ["RUN"]),
+    ([], ["required: RUN\n"]),
+    ([""], ["empty name"]),
+    (["RUN", "--out", ""], ["empty name", "--out"]),
     (["nowhere"], ["nowhere", "no such checkpoint"]),
     (["empty"], ["best.pt", "no such checkpoint"]),
     (["truncated.pt"], ["truncated.pt", "damaged"]),
@@ -424,10 +445,12 @@ def test_everything_on_a_run(tiny_run, tmp_path, monkeypatch, capsys, pictures):
     (["shapes.pt"], ["shapes.pt", "fit"]),
     (["empty_set.pt"], ["empty_set.pt", "split"]),
     (["nan.pt"], ["nan.pt", "fit"]),
-    (["composite.pt"], ["--p 9", "prime"]),
+    (["composite.pt"], ["composite.pt", "--p 9", "prime"]),
     (["RUN", "--base", "0"], ["--base 0"]),
-    (["phases", "twice/a", "twice/b"], ["twice/b", "tasks"]),
+    (["phases", "twice/a", "twice/b"], ["twice/b", "tasks", "twice/a"]),
     (["phases", "no_p"], ["config.json"]),
+    (["phases", "odd"], ["config.json"]),
+    (["phases", "twice/a", "--out", "held"], ["--out held", "phases.json"]),
     (["RUN", "heads"], ["heads", "fourier"]),
     (["RUN", "--base", "1"], ["--base 1", "2"]),
     (["RUN", "--device", "tpu"], ["--device tpu", "cpu"]),
@@ -451,6 +474,8 @@ def test_bad_input_is_refused_in_one_line(argv, words, tiny_run, tmp_path, monke
         torch.save({**checkpoint, key: {**checkpoint[key], field: value}}, f"{name}.pt")
     fake_run(Path("twice/a"), 0.5, 4, "1000"), fake_run(Path("twice/b"), 0.5, 4, "1000"), fake_run(Path("no_p"), 0.5, 4, "1000")
     Path("no_p/config.json").write_text('{"alpha": 0.5, "tasks": 4, "p": 0}')
+    fake_run(Path("odd"), math.inf, 4, "1000")
+    Path("held/phases.json").mkdir(parents=True)
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as stop:
         a.main([str(tiny_run) if word == "RUN" else word for word in argv])
