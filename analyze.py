@@ -847,7 +847,7 @@ def draw_skills(plt, lab, numbers, arrays):
             ax.imshow(np.asarray(image, dtype=int).T, cmap=cmap, vmin=low, vmax=1, origin="lower")
             if i == 0:
                 x, y = arrays["context"][:shots[s]].T
-                ax.plot(x, y, ".", color="white", ms=40 / lab.p + 1)
+                ax.plot(x, y, "o", color="white", mec="black", mew=0.6, ms=20 / lab.p + 1)
                 ax.set_title(f"{shots[s]} shot{'s' if shots[s] > 1 else ''}")
             ax.set_xticks([0, lab.p - 1])
             ax.set_yticks([0, lab.p - 1])

@@ -484,11 +484,13 @@ def test_bad_input_is_refused_in_one_line(argv, words, tiny_run, tmp_path, monke
     assert sorted(Path().rglob("*")) == before
 
 
-def test_the_laptop_model_has_the_accuracy_that_the_readme_states():
-    model, cfg = g.load_model(g.load_checkpoint(ROOT / "assets" / "laptop.pt"))
-    split = g.load_checkpoint(ROOT / "assets" / "laptop.pt")["split"]
-    sets = g.eval_sequences(split, "test_ood", g.REPORT_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 2)
+@pytest.mark.parametrize("name", ["laptop", "hour-seed3", "hour-seed4"])
+def test_the_models_in_assets_have_the_accuracy_that_the_readme_states(name):
+    file = ROOT / "assets" / f"{name}.pt"
+    checkpoint = g.load_checkpoint(file)
+    model, cfg = g.load_model(checkpoint)
+    sets = g.eval_sequences(checkpoint["split"], "test_ood", g.REPORT_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 2)
     cells = ["{:.1f} / {:.1f}".format(*(100 * g.evaluate(model, sets[f"test_ood_{side}"])[:, -1]).tolist())
              for side in ("train", "test")]
     assert f"| {cells[0]} | {cells[1]} |" in (ROOT / "README.md").read_text()
-    assert (ROOT / "assets" / "laptop.pt").stat().st_size < 1e6
+    assert file.stat().st_size < 1e6
