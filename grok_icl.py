@@ -68,7 +68,8 @@ class Config:
     init_std: float = option(0.02, "model", "standard deviation of the initial weights", (1e-6, 10))
     # how it is trained
     optimizer: str = option("adamw", "training", "what updates the weight matrices", ["adamw", "muon"])
-    lr: float = option(1.5e-4, "training", "peak learning rate (paper: 1e-4 for random tasks); of the matrices under muon", (1e-12, 1e3))
+    lr: float = option(1.5e-4, "training", "peak learning rate (paper: 1e-4 for random tasks); under "
+                       "muon that of the blocks' matrices", (1e-12, 1e3))
     wd: float = option(2.0, "training", "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(1024, "training", "sequences a step, rounded up to a multiple of --tasks", (1, 10**6))
     steps: int = option(200_000, "training", "training steps; the cosine schedule ends here", (1, 10**9))
