@@ -304,7 +304,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(MLP_RATIO * cfg.embd, cfg.embd, bias=False)
 
     def forward(self, x, note):
-        neurons = F.relu(self.up(x))                                                 # (B, Q, 4C)
+        neurons = self.up(x).relu_()                  # in place: the largest tensor    (B, Q, 4C)
         note("neurons", neurons)
         return self.down(neurons)
 

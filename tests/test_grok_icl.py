@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import bench  # noqa: E402
 import grok_icl as g  # noqa: E402
 
 torch.set_num_threads(1)          # tiny tensors: a second thread only waits for the first
@@ -265,6 +267,24 @@ def test_the_record_is_what_the_model_computed_and_changes_nothing():
         x = x + record[f"{i}.neurons"] @ block.mlp.down.weight.T
         torch.testing.assert_close(x, record[f"{i}.residual"])
     torch.testing.assert_close(model.norm(x) @ model.embedding.weight.T, logits)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_benchmark_counts_what_torch_counts(depth):
+    cfg = tiny(p=7, examples=6, depth=depth)
+    tokens = random_tokens(7, 6, 16)
+    with FlopCounterMode(display=False) as counted:
+        g.z_loss(g.GPT(cfg), tokens).backward()
+    assert bench.operations(cfg, 16) == counted.get_total_flops()
+
+
+def test_the_benchmarks_variants_compute_the_same():
+    model, _ = model_and_tokens()
+    tokens = random_tokens(7, 5, 6)
+    losses = [g.z_loss(model, tokens), bench.everywhere_loss(model, tokens)] + [
+        g.z_loss(bench.with_class(model, old, new), tokens)
+        for old, new in ((g.Attention, bench.FusedAttention), (g.Block, bench.EveryRow))]
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(4))
 
 
 def test_initial_weights():
