@@ -26,6 +26,7 @@ The file reads from top to bottom:
 """
 import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from types import SimpleNamespace
@@ -553,10 +555,18 @@ def start(cfg, checkpoint=None):
     return run
 
 
-def write_file(path, write):
-    """Call write(temporary name), then rename: whoever reads path finds the old file or the new one."""
-    write(path + ".tmp")
-    os.replace(path + ".tmp", path)
+def write_file(path, content):
+    """Write bytes under another name, then rename: whoever reads path finds the old file or the new one."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())                      # on the disk before the old one goes
+        os.replace(path + ".tmp", path)
+    except OSError:
+        with suppress(OSError):
+            os.remove(path + ".tmp")
+        raise
 
 
 def save(run, cfg, name):
@@ -565,14 +575,18 @@ def save(run, cfg, name):
                  optimizers=[o.state_dict() for o in run.optimizers], scaler=run.scaler.state_dict(),
                  generator=run.generator.get_state(), device=run.generator.device.type, step=run.step,
                  history=run.history, loss_sum=run.loss_sum, loss_steps=run.loss_steps)
-    write_file(os.path.join(cfg.out, name), partial(torch.save, state))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(os.path.join(cfg.out, name), buffer.getbuffer())
 
 
-def write_csv(rows, path):
-    with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+def as_csv(rows):
+    """Rows, dicts with the same keys, as the bytes of a csv file with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def load_checkpoint(path):
@@ -632,6 +646,31 @@ def hours_left(run, cfg):
     return seconds * batch / len(tokens) * (cfg.steps - run.step) / 3600
 
 
+@contextmanager
+def stop_signals(bar):
+    """Within, Ctrl-C and SLURM's SIGTERM are only noted, in the list given out; a second one stops at once."""
+    caught = []
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        bar.write("Finishing this step, then saving. Once more stops at once.")
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def finite_loss(run, cfg):
+    """Mean loss since the last evaluation; exits, before anything is saved, if the numbers went wrong."""
+    loss = run.loss_sum.item() / max(1, run.loss_steps)
+    if not (math.isfinite(loss) and all(w.isfinite().all() for w in run.model.parameters())):
+        sys.exit(f"error: by step {run.step} the loss was {loss}, the weights no longer numbers; try a smaller --lr. "
+                 f"{cfg.out} has what was saved before")
+    return loss
+
+
 def train(run, cfg):
     """
     Train, evaluate every cfg.eval_every steps, and keep the run's files in cfg.out up to date.
@@ -649,60 +688,47 @@ def train(run, cfg):
     if device.type == "cpu" and (hours := hours_left(run, cfg)) > 2:
         print(f"This will take about {hours:,.0f} hours on this CPU; --preset laptop takes minutes. Going "
               f"on all the same: Ctrl-C saves and stops.", flush=True)
-    bar = tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True, mininterval=0.5)
-
-    signals = []
-    def ask_to_stop(number, frame):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)         # a second one stops at once, unsaved
-        bar.write("Finishing this step, then saving. Once more stops at once.")
-    handlers = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM)}
-
     scores, stop = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1]
-    while run.step < cfg.steps and not stop and not signals:
-        factor = lr_factor(run.step, cfg.warmup, cfg.steps)
-        for group in param_groups(run.optimizers):
-            group["lr"] = group["peak_lr"] * factor
-        batch = training_batch(tasks, inputs, per_task, cfg.examples, cfg.p, run.generator,
-                               curriculum_lines(run.step, cfg))
-        with run.autocast:
-            loss = z_loss(model, batch)
-        run.scaler.scale(loss).backward()
-        for optimizer in run.optimizers:
-            run.scaler.step(optimizer)
-            optimizer.zero_grad()
-        run.scaler.update()
-        run.step += 1
-        run.loss_sum += loss.detach()                 # stays on the device: reading it would wait
-        run.loss_steps += 1
-        bar.update()
-
-        if run.step == 1 or run.step % max(1, cfg.eval_every // 20) == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f} {scores}", refresh=False)
-        if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
-            row = {"step": run.step, "lr": cfg.lr * factor, "loss": run.loss_sum.item() / run.loss_steps}
-            if not math.isfinite(row["loss"]):
-                bar.close()
-                sys.exit(f"error: the loss was {row['loss']} by step {run.step}; try a smaller --lr. {cfg.out} "
-                         f"has what was saved before")
+    with tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True, mininterval=0.5) as bar, \
+            stop_signals(bar) as signals:
+        while run.step < cfg.steps and not stop and not signals:
+            factor = lr_factor(run.step, cfg.warmup, cfg.steps)
+            for group in param_groups(run.optimizers):
+                group["lr"] = group["peak_lr"] * factor
+            batch = training_batch(tasks, inputs, per_task, cfg.examples, cfg.p, run.generator,
+                                   curriculum_lines(run.step, cfg))
             with run.autocast:
-                for name, tokens in sets.items():
-                    row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
-            history.append(row)
-            run.loss_sum, run.loss_steps = torch.zeros_like(run.loss_sum), 0
-            best, stop = early_stopping(history, cfg.patience, 1 / cfg.p)
-            if best == len(history) - 1:
-                save(run, cfg, "best.pt")
-            write_file(os.path.join(cfg.out, "metrics.csv"), partial(write_csv, history))
+                loss = z_loss(model, batch)
+            run.scaler.scale(loss).backward()
+            for optimizer in run.optimizers:
+                run.scaler.step(optimizer)
+                optimizer.zero_grad()
+            run.scaler.update()
+            run.step += 1
+            run.loss_sum += loss.detach()                 # stays on the device: reading it would wait
+            run.loss_steps += 1
+            bar.update()
+
+            if run.step == 1 or run.step % max(1, cfg.eval_every // 20) == 0:
+                bar.set_postfix_str(f"loss {loss.item():.3f} {scores}", refresh=False)
+            if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
+                row = {"step": run.step, "lr": cfg.lr * factor, "loss": finite_loss(run, cfg)}
+                with run.autocast:
+                    for name, tokens in sets.items():
+                        row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
+                history.append(row)
+                run.loss_sum, run.loss_steps = torch.zeros_like(run.loss_sum), 0
+                best, stop = early_stopping(history, cfg.patience, 1 / cfg.p)
+                if best == len(history) - 1:
+                    save(run, cfg, "best.pt")
+                write_file(os.path.join(cfg.out, "metrics.csv"), as_csv(history))
+                save(run, cfg, "last.pt")
+                scores = ("i.d. {id_train:.2f}/{id_test:.2f} o.o.d. {val_ood_train:.2f}/{val_ood_test:.2f}"
+                          .format(**row))
+                bar.write(f"step {run.step:6d}  loss {row['loss']:.3f}  {scores}")
+        if signals:
+            finite_loss(run, cfg)
             save(run, cfg, "last.pt")
-            scores = ("i.d. {id_train:.2f}/{id_test:.2f} o.o.d. {val_ood_train:.2f}/{val_ood_test:.2f}"
-                      .format(**row))
-            bar.write(f"step {run.step:6d}  loss {row['loss']:.3f}  {scores}")
-    bar.close()
-    if signals:
-        save(run, cfg, "last.pt")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return signals[0] if signals else None
 
 # -------------------------------------------------------------------------------------------------
@@ -833,12 +859,9 @@ def default_out(cfg, base, preset):
 
 def claim_folder(cfg):
     """Make cfg.out and write config.json, or exit with one line if that can't be done."""
-    def write(path):
-        with open(path, "w") as f:
-            json.dump(asdict(cfg), f, indent=2)
     try:
         os.makedirs(cfg.out, exist_ok=True)
-        write_file(os.path.join(cfg.out, "config.json"), write)
+        write_file(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=2).encode())
     except OSError as e:
         die(f"--out {cfg.out}: can't be written ({e.strerror}); name a folder that can")
 
@@ -866,6 +889,8 @@ def main():
             report(cfg.out, pick_device(cfg.device))
     except KeyboardInterrupt:                         # before the first step, or in the report
         ended_by = signal.SIGINT
+    except OSError as e:                              # a full disk, a folder that is gone
+        sys.exit(f"error: {e.filename or cfg.out}: {e.strerror}; no other file was touched")
     if ended_by:
         if os.path.exists(os.path.join(cfg.out, "last.pt")):
             print(f"To go on: python grok_icl.py --resume --out {shlex.quote(cfg.out)}")

@@ -15,7 +15,6 @@ rotary_embedding_torch): its data loader, model, loss and metrics run in its own
 import argparse
 import copy
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -255,7 +254,11 @@ def main():
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     trained.several(2 * block)
-    memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if on_gpu:
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource                                       # not on Windows
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rates, ratios = [product_rate(trained.device, trained.autocast)], {name: [] for name in variants}
     for stepper in variants.values():
         stepper.several(2)

@@ -431,22 +431,26 @@ def trained(cfg):
     return g.train(g.start(cfg), cfg)
 
 
+def interrupted(cfg, step, monkeypatch):
+    """Train, and get Ctrl-C within that step."""
+    calls, batch = [], g.training_batch
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "training_batch", interrupting)
+        return trained(cfg)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, optimizer):
     flags = ["--optimizer", optimizer]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained(tiny(optimizer=optimizer, out=str(whole)))
 
-    # stop it in the middle of two evaluations, as Ctrl-C would
-    calls, batch = [], g.training_batch
-    def interrupting(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return batch(*args)
-    monkeypatch.setattr(g, "training_batch", interrupting)
-    assert trained(tiny(optimizer=optimizer, out=str(parts))) == signal.SIGINT
-    monkeypatch.undo()
+    assert interrupted(tiny(optimizer=optimizer, out=str(parts)), 6, monkeypatch) == signal.SIGINT
     assert torch.load(parts / "last.pt", weights_only=True)["step"] == 6
     cfg, _, checkpoint = g.parse_config(["--resume", "--out", str(parts)])
     assert g.train(g.start(cfg, checkpoint), cfg) is None
@@ -487,10 +491,54 @@ def test_training_keeps_what_it_promises(tmp_path):
     assert same.stdout[same.stdout.index("Best step"):] == done.stdout[done.stdout.index("Best step"):]
 
 
+def one_error(stderr):
+    """The program's last words, after its progress bar: one line, no traceback."""
+    assert "Traceback" not in stderr
+    return [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     done = run([*TINY_FLAGS, "--lr", "1000", "--wd", "1000", "--out", str(tmp_path)])
-    assert done.returncode == 1 and "the loss was nan by step" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "best.pt").exists()
+    assert done.returncode == 1 and not (tmp_path / "best.pt").exists()
+    assert len(one_error(done.stderr)) == 1 and "by step 4 the loss was nan" in done.stderr
+    assert all(w.isfinite().all() for w in torch.load(tmp_path / "last.pt", weights_only=True)["model"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    """Not at an evaluation whose loss is still fine, and not when stopped by a signal."""
+    cfg = tiny(out=str(tmp_path))
+    batch, calls = g.training_batch, []
+    for when in (4, 6):                                          # an evaluation; between two
+        def breaking(*args):
+            calls.append(1)
+            if len(calls) == when:
+                run.model.norm.weight.register_hook(lambda grad: grad * math.nan)
+                os.kill(os.getpid(), signal.SIGINT)
+            return batch(*args)
+        monkeypatch.setattr(g, "training_batch", breaking)
+        calls.clear()
+        run = g.start(cfg)
+        g.claim_folder(cfg)
+        with pytest.raises(SystemExit, match=f"by step {when}"):
+            g.train(run, cfg)
+        for name in ("last.pt", "best.pt"):
+            if (tmp_path / name).exists():
+                checkpoint = torch.load(tmp_path / name, weights_only=True)
+                assert checkpoint["step"] < when and checkpoint["model"]["norm.weight"].isfinite().all()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_files(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")                   # not on Windows
+    interrupted(tiny(out=str(tmp_path)), 6, monkeypatch)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    full = run(["--resume", "--out", str(tmp_path)],
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    assert full.returncode == 1 and len(one_error(full.stderr)) == 1 and str(tmp_path) in full.stderr
+    after = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    assert after.keys() == before.keys()                         # no half-written file is left
+    assert all(after[name] == before[name] for name in ("last.pt", "best.pt"))
+    assert run(["--resume", "--out", str(tmp_path)]).returncode == 0
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
