@@ -32,7 +32,6 @@ import os
 import textwrap
 import zipfile
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,7 +49,6 @@ ONE_FREQUENCY = 0.5           # share of its variance from which a neuron counts
 KEEP = 3                      # dominant frequency pairs that the causal test keeps or removes
 SKILLS = ("copy", "ratio", "regression", "undetermined")
 POSITIONS = {"xy": [0, 1], "xz": [0, 2], "yz": [1, 2]}          # of which a head's outputs are looked at together
-SETS = ("id_train", "id_test", "val_ood_train", "val_ood_test")
 
 # -------------------------------------------------------------------------------------------------
 # 1. Probes
@@ -744,7 +742,7 @@ def read_metrics(folder):
     try:
         with open(path, newline="") as f:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(f)]
-        if rows and {"step", *SETS, *(f"{name}_novel" for name in SETS)} <= rows[0].keys():
+        if rows and set(g.METRICS) <= rows[0].keys():
             return rows
         g.die(f"{path}: no evaluation of this program in it")
     except (OSError, ValueError, TypeError, csv.Error) as e:
@@ -758,7 +756,7 @@ def part_curves(lab):
     history = read_metrics(lab.path)
     best = history[g.early_stopping(history, lab.cfg.patience, 1 / lab.p)[0]]
     return ({"best": best, "last": history[-1]},
-            {name: np.array([row[name] for row in history]) for name in ("step",) + SETS},
+            {name: np.array([row[name] for row in history]) for name in ("step",) + g.SETS},
             f"Best step {best['step']:.0f} of {history[-1]['step']:.0f}: validation o.o.d. tasks, test inputs "
             f"{100 * best['val_ood_test']:.0f}%, at the end {100 * history[-1]['val_ood_test']:.0f}%.")
 
@@ -789,7 +787,7 @@ def phases(folders):
             g.die(f"{run}: alpha {at[0]} and {at[1]} tasks, as {seen[at]} has; name one of the two")
         seen[at] = run
         best = history[g.early_stopping(history, 0, chance)[0]]
-        found[at] = g.phase([best[f"{name}_novel"] >= g.PHASE_THRESHOLD for name in SETS])
+        found[at] = g.phase([best[f"{name}_novel"] >= g.PHASE_THRESHOLD for name in g.SETS])
         print(f"{run}: alpha {at[0]}, {at[1]} tasks, step {best['step']:.0f}: {found[at]}")
     return found
 
@@ -1022,7 +1020,7 @@ def draw_curves(plt, lab, numbers, arrays):
     if not arrays:
         return {}
     fig, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-    for name, colour, style, label in zip(SETS, (BLUE, BLUE, ORANGE, ORANGE), ("-", "--", "-", "--"), (
+    for name, colour, style, label in zip(g.SETS, (BLUE, BLUE, ORANGE, ORANGE), ("-", "--", "-", "--"), (
             "i.d. tasks, train inputs", "i.d. tasks, test inputs", "o.o.d. tasks, train inputs", "o.o.d. tasks, test inputs")):
         ax.plot(arrays["step"], 100 * arrays[name], style, color=colour, label=label)
     ax.axvline(numbers["best"]["step"], color="black", lw=1, label="kept by early stopping")
@@ -1108,24 +1106,12 @@ def open_lab(args):
     """What every part needs: model, config, split, device, and the residues in the order of each group."""
     file = os.path.join(args.path, "best.pt") if os.path.isdir(args.path) else args.path
     checkpoint, device = g.load_checkpoint(file), g.pick_device(args.device)
-    cfg, split, weights = g.Config(**checkpoint["config"]), checkpoint["split"], checkpoint["model"]
-    g.validate(replace(cfg, device="cpu", amp="off"), f"{file}: ")
-    try:
-        for name in ("id", "val_ood", "test_ood", "train_inputs", "test_inputs"):
-            pairs = split[name]
-            if pairs.dtype != torch.long or pairs.shape != (len(pairs), 2) or not (0 <= pairs.min() <= pairs.max() < cfg.p):
-                raise ValueError
-        if weights["embedding.weight"].shape != (cfg.p, cfg.embd) or f"blocks.{cfg.depth - 1}.norm1.weight" not in weights \
-                or not all(w.isfinite().all() for w in weights.values()):
-            raise ValueError
-        model, cfg = g.load_model(checkpoint, device)
-    except (RuntimeError, KeyError, IndexError, TypeError, ValueError, AttributeError) as e:
-        g.die(f"{file}: damaged; its weights or split don't fit its config ({type(e).__name__})")
+    model, cfg = g.load_model(checkpoint, device)
     bases = generators(cfg.p)
     base = (27 if cfg.p == 29 else bases[0]) if args.base is None else args.base
     if base not in bases:
         g.die(f"--base {base}: must generate the non-zero residues mod {cfg.p}: {', '.join(map(str, bases))}")
-    return SimpleNamespace(path=args.path, file=file, model=model, cfg=cfg, split=split, device=device, p=cfg.p,
+    return SimpleNamespace(path=args.path, file=file, model=model, cfg=cfg, split=checkpoint["split"], device=device, p=cfg.p,
                            k=cfg.examples, blocks=range(cfg.depth), base=base,
                            orders={"multiplicative": powers(base, cfg.p), "additive": torch.arange(cfg.p)})
 

@@ -111,6 +111,8 @@ REPORT_SEQUENCES = 4096       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
 PHASE_THRESHOLD = 0.5         # last-shot accuracy on novel queries from which a set counts as good
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
+SETS = ("id_train", "id_test", "val_ood_train", "val_ood_test")
+METRICS = ("step", "lr", "loss", *(name + novel for name in SETS for novel in ("", "_novel")))
 RUN_FILES = ("config.json", "metrics.csv", "best.pt", "last.pt")
 
 
@@ -589,6 +591,23 @@ def as_csv(rows):
     return text.getvalue().encode()
 
 
+def is_sound(checkpoint, cfg):
+    """Whether split, weights and (where they are there) step and history are what cfg makes them."""
+    def residues(t):
+        return t.dtype == torch.long and t.shape == (len(t), 2) and len(t) and 0 <= t.min() <= t.max() < cfg.p
+    split, weights, history = checkpoint["split"], checkpoint["model"], checkpoint.get("history", [])
+    with torch.device("meta"):                        # shapes without the memory
+        expected = GPT(cfg).state_dict()
+    return (split.keys() == {"id", "val_ood", "test_ood", "train_inputs", "test_inputs"}
+            and all(residues(pairs) for pairs in split.values())
+            and {k: w.shape for k, w in weights.items()} == {k: w.shape for k, w in expected.items()}
+            and all(w.is_floating_point() and w.isfinite().all() for w in weights.values())
+            and type(checkpoint.get("step", 0)) is int and 0 <= checkpoint.get("step", 0) <= cfg.steps
+            and type(checkpoint.get("loss_steps", 0)) is int and isinstance(history, list)
+            and all(row.keys() == set(METRICS) and all(type(v) in (int, float) for v in row.values())
+                    for row in history))
+
+
 def load_checkpoint(path):
     """A checkpoint of this program, as a dict on the CPU; exits with one line on anything else."""
     if not os.path.isfile(path):
@@ -601,7 +620,14 @@ def load_checkpoint(path):
     if not (isinstance(config, dict) and {"split", "model"} <= checkpoint.keys()
             and {f.name: f.type for f in fields(Config)} == {k: type(v) for k, v in config.items()}):
         die(f"{path}: not a checkpoint of this program, or of another version")
-    return checkpoint
+    cfg = Config(**config)
+    validate(replace(cfg, device="cpu", amp="off"), f"{path}: ")
+    try:
+        if is_sound(checkpoint, cfg):
+            return checkpoint
+    except (TypeError, AttributeError, RuntimeError, ValueError, IndexError):
+        pass
+    die(f"{path}: damaged; its weights, split or history don't fit its config")
 
 
 def load_model(checkpoint, device="cpu"):

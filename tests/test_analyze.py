@@ -370,9 +370,9 @@ def fake_run(folder, alpha, tasks, good):
     (folder / "config.json").write_text(json.dumps({"alpha": alpha, "tasks": tasks, "p": 7}))
     with open(folder / "metrics.csv", "w", newline="") as f:
         writer = csv.writer(f)
-        writer.writerow(["step", "loss"] + [n + e for n in a.SETS for e in ("", "_novel")])
-        writer.writerow([100, 2] + [0.2] * 8)
-        writer.writerow([200, 1] + [v for c in good for v in (0.9, 0.9 if c == "1" else 0.3)])
+        writer.writerow(g.METRICS)
+        writer.writerow([100, 0.1, 2] + [0.2] * 8)
+        writer.writerow([200, 0.1, 1] + [v for c in good for v in (0.9, 0.9 if c == "1" else 0.3)])
 
 
 def test_phase_diagram_of_a_folder_of_runs(tmp_path, monkeypatch, capsys):

@@ -3,11 +3,11 @@ Tests of grok_icl.py against references that share no code with it: brute force 
 attention, complex arithmetic, planted predictors, scripted curves, and runs that were interrupted.
 """
 import csv
+import io
 import itertools
 import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -622,40 +622,76 @@ class Exploit:
         return os.mkdir, ("pwned",)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "text", "pickle", "foreign", "other fields", "empty",
-                                  "other shapes", "no step"])
-def test_bad_checkpoints_are_refused(kind, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "last.pt"
-    if kind == "truncated":
-        trained(tiny(out=str(tmp_path)))
-        path.write_bytes(path.read_bytes()[:2000])
-        capsys.readouterr()
-    elif kind in ("other shapes", "no step"):
-        trained(tiny(out=str(tmp_path)))
-        capsys.readouterr()
-        checkpoint = torch.load(path, weights_only=True)
-        if kind == "no step":
-            del checkpoint["step"]
+def put(*path, value):
+    """A change to a checkpoint: the entry at the path becomes value, or goes where value is None."""
+    def change(checkpoint):
+        *parents, last = path
+        for key in parents:
+            checkpoint = checkpoint[key]
+        if value is None:
+            del checkpoint[last]
         else:
-            checkpoint["config"]["embd"] = 32
-        torch.save(checkpoint, path)
-    elif kind == "pickle":
-        torch.save({"config": Exploit()}, path)
+            checkpoint[last] = value
+    return change
+
+
+NAN, LONG = torch.full((16,), math.nan), torch.zeros(3, 2, dtype=torch.long)
+MUTATIONS = {
+    "no config": put("config", value=None), "config of another kind": put("config", value=[1]),
+    "a field too few": put("config", "lr", value=None), "a field too many": put("config", "dropout", value=0.1),
+    "a field of another type": put("config", "p", value="5"), "p not prime": put("config", "p", value=9),
+    "other width": put("config", "embd", value=32), "other depth": put("config", "depth", value=3),
+    "heads that do not fit": put("config", "heads", value=3), "fewer steps than were done": put("config", "steps", value=3),
+    "no model": put("model", value=None), "no weight": put("model", "norm.weight", value=None),
+    "a weight too many": put("model", "norm.scale", value=torch.ones(16)),
+    "weight of another shape": put("model", "norm.weight", value=torch.ones(8)),
+    "weights that are no numbers": put("model", "norm.weight", value=NAN),
+    "a list for a weight": put("model", "norm.weight", value=[1.0] * 16),
+    "integer weights": put("model", "norm.weight", value=torch.ones(16, dtype=torch.long)),
+    "no split": put("split", value=None), "half a split": put("split", "val_ood", value=None),
+    "an empty set": put("split", "test_ood", value=LONG[:0]), "residues above p": put("split", "id", value=LONG + 5),
+    "residues below 0": put("split", "id", value=LONG - 1), "floats for residues": put("split", "id", value=LONG.float()),
+    "triples": put("split", "id", value=torch.zeros(3, 3, dtype=torch.long)), "text for a split": put("split", value="id"),
+    "no step": put("step", value=None), "step below 0": put("step", value=-1), "step beyond the end": put("step", value=13),
+    "text for a step": put("step", value="6"), "history of another kind": put("history", value="abc"),
+    "rows too short": put("history", value=[{"step": 5}]), "text in a row": put("history", 0, "loss", value="low"),
+    "no history": put("history", value=None), "no loss": put("loss_sum", value=None),
+    "loss of another shape": put("loss_sum", value=torch.ones(3)), "text for a count": put("loss_steps", value="two"),
+    "no optimizers": put("optimizers", value=None), "an optimizer too few": put("optimizers", value=[]),
+    "no generator": put("generator", value=None), "half a generator": put("generator", value=torch.zeros(5, dtype=torch.uint8)),
+    "code": put("config", value=Exploit()), "code in the history": put("history", value=[Exploit()]),
+}
+
+
+@pytest.fixture(scope="module")
+def half_a_run(tmp_path_factory):
+    """The bytes of a last.pt and a best.pt of a run that was stopped at step 6 of 12."""
+    folder = tmp_path_factory.mktemp("half")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(tiny(out=str(folder)), 6, patch)
+    return (folder / "last.pt").read_bytes(), (folder / "best.pt").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "foreign", *MUTATIONS])
+def test_bad_checkpoints_are_refused(kind, half_a_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    last, best = half_a_run
+    Path("best.pt").write_bytes(best)
+    if kind in MUTATIONS:
+        checkpoint = torch.load(io.BytesIO(last), weights_only=True)
+        MUTATIONS[kind](checkpoint)
+        torch.save(checkpoint, "last.pt")
     elif kind == "foreign":
-        torch.save({"model": {}, "epoch": 3}, path)
-    elif kind == "other fields":
-        torch.save({"model": {}, "split": {}, "config": {"p": "7"}}, path)
+        torch.save({"model": {}, "epoch": 3}, "last.pt")
     else:
-        path.write_text("" if kind == "empty" else "not a checkpoint")
-    monkeypatch.setattr(sys, "argv", ["grok_icl.py", "--resume", "--out", str(tmp_path)])
-    before = path.read_bytes()
+        Path("last.pt").write_bytes({"empty": b"", "text": b"not a checkpoint", "truncated": last[:2000]}[kind])
+    monkeypatch.setattr(sys, "argv", ["grok_icl.py", "--resume", "--out", "."])
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     with pytest.raises(SystemExit) as stop:
         g.main()
-    assert path.read_bytes() == before
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and str(tmp_path) in err and "last.pt" in err
-    assert not (tmp_path / "pwned").exists()
+    assert stop.value.code == 2 and err.count("\n") == 1 and "last.pt" in err
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
 def test_a_folder_with_somebody_elses_config_is_refused(tmp_path, capsys):
