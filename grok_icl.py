@@ -40,6 +40,7 @@ from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -116,9 +117,15 @@ METRICS = ("step", "lr", "loss", *(name + novel for name in SETS for novel in ("
 RUN_FILES = ("config.json", "metrics.csv", "best.pt", "last.pt")
 
 
+def process():
+    """(this process's rank, how many there are): more than one under torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def die(message):
     """Refuse bad input: one line on stderr, exit code 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    if process()[0] == 0:
+        print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 # -------------------------------------------------------------------------------------------------
@@ -509,6 +516,8 @@ def pick_device(name):
     """The torch.device of that name; auto is the first GPU, or the CPU. Exits where it isn't there."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda" and device.index is None:            # under torchrun: one each
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(1, device=device)
         if device.type in ("cpu", "cuda"):
             return device
@@ -542,7 +551,7 @@ def start(cfg, checkpoint=None):
     if checkpoint:
         try:
             run.step, run.history, run.loss_steps = (checkpoint[k] for k in ("step", "history", "loss_steps"))
-            run.loss_sum += checkpoint["loss_sum"].to(device)
+            run.loss_sum += checkpoint["loss_sum"].to(device) * (process()[0] == 0)     # the sum over ranks
             run.model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(run.optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
@@ -559,6 +568,8 @@ def start(cfg, checkpoint=None):
 
 def write_file(path, content):
     """Write bytes under another name, then rename: whoever reads path finds the old file or the new one."""
+    if process()[0] > 0:
+        return
     try:
         with open(path + ".tmp", "wb") as f:
             f.write(content)
@@ -688,8 +699,16 @@ def stop_signals(bar):
             signal.signal(number, handler)
 
 
+def over_processes(value, operation):
+    """A tensor's sum or maximum over all processes, in place."""
+    if process()[1] > 1:
+        dist.all_reduce(value, operation)
+    return value
+
+
 def finite_loss(run, cfg):
     """Mean loss since the last evaluation; exits, before anything is saved, if the numbers went wrong."""
+    over_processes(run.loss_sum, dist.ReduceOp.SUM)
     loss = run.loss_sum.item() / max(1, run.loss_steps)
     if not (math.isfinite(loss) and all(w.isfinite().all() for w in run.model.parameters())):
         sys.exit(f"error: by step {run.step} the loss was {loss}, the weights no longer numbers; try a smaller --lr. "
@@ -701,41 +720,46 @@ def train(run, cfg):
     """
     Train, evaluate every cfg.eval_every steps, and keep the run's files in cfg.out up to date.
 
-    Returns the number of the signal that ended the run early (Ctrl-C's or SLURM's), or None.
+    Under torchrun every process draws the same batch and takes its share of it, and the gradients are
+    averaged: N processes do what one would. Only the first writes files.
+    Returns the number of the signal that ended the run early (Ctrl-C's or SLURM's), or 0.
     """
-    device, history = run.loss_sum.device, run.history
+    device, history, (rank, world) = run.loss_sum.device, run.history, process()
     if run.step == 0:
         save(run, cfg, "last.pt")                     # from here on there is something to resume
     tasks, inputs = run.split["id"].to(device), run.split["train_inputs"].to(device)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
     per_task = math.ceil(cfg.batch / cfg.tasks)
-    model = compiled(run, cfg, per_task * cfg.tasks)
-    if device.type == "cpu" and (hours := hours_left(run, cfg)) > 2:
+    model = compiled(run, cfg, per_task * cfg.tasks // world)
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    if device.type == "cpu" and (hours := hours_left(run, cfg) / world) > 2:
         print(f"This will take about {hours:,.0f} hours on this CPU; --preset laptop takes minutes. Going "
               f"on all the same: Ctrl-C saves and stops.", flush=True)
-    scores, stop = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1]
-    with tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True, mininterval=0.5) as bar, \
-            stop_signals(bar) as signals:
-        while run.step < cfg.steps and not stop and not signals:
+    often = max(1, cfg.eval_every // 20)              # steps between looks at what makes the GPU wait
+    scores, stop, ended_by = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1], 0
+    with tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True, mininterval=0.5,
+              disable=rank > 0) as bar, stop_signals(bar) as signals:
+        while run.step < cfg.steps and not stop and not ended_by:
             factor = lr_factor(run.step, cfg.warmup, cfg.steps)
             for group in param_groups(run.optimizers):
                 group["lr"] = group["peak_lr"] * factor
             batch = training_batch(tasks, inputs, per_task, cfg.examples, cfg.p, run.generator,
                                    curriculum_lines(run.step, cfg))
             with run.autocast:
-                loss = z_loss(model, batch)
+                loss = z_loss(model, batch[rank::world])
             run.scaler.scale(loss).backward()
             for optimizer in run.optimizers:
                 run.scaler.step(optimizer)
                 optimizer.zero_grad()
             run.scaler.update()
             run.step += 1
-            run.loss_sum += loss.detach()                 # stays on the device: reading it would wait
+            run.loss_sum += loss.detach() / world         # stays on the device: reading it would wait
             run.loss_steps += 1
             bar.update()
 
-            if run.step == 1 or run.step % max(1, cfg.eval_every // 20) == 0:
+            if run.step == 1 or run.step % often == 0:
                 bar.set_postfix_str(f"loss {loss.item():.3f} {scores}", refresh=False)
             if run.step % cfg.eval_every == 0 or run.step == cfg.steps:
                 row = {"step": run.step, "lr": cfg.lr * factor, "loss": finite_loss(run, cfg)}
@@ -752,10 +776,14 @@ def train(run, cfg):
                 scores = ("i.d. {id_train:.2f}/{id_test:.2f} o.o.d. {val_ood_train:.2f}/{val_ood_test:.2f}"
                           .format(**row))
                 bar.write(f"step {run.step:6d}  loss {row['loss']:.3f}  {scores}")
-        if signals:
+            if world == 1:
+                ended_by = max(signals, default=0)
+            elif run.step % often == 0:               # all must leave after the same step
+                ended_by = int(over_processes(torch.tensor(max(signals, default=0), device=device), dist.ReduceOp.MAX))
+        if ended_by:
             finite_loss(run, cfg)
             save(run, cfg, "last.pt")
-    return signals[0] if signals else None
+    return ended_by
 
 # -------------------------------------------------------------------------------------------------
 # 6. Report, command line, main
@@ -869,6 +897,9 @@ def validate(cfg, where=""):
     need(cfg.embd % (2 * cfg.heads) == 0, "embd", f"must be a multiple of {2 * cfg.heads}: "
          f"{cfg.heads} heads, each of even width for the rotation")
     need(cfg.batch >= cfg.tasks, "batch", f"must be at least --tasks ({cfg.tasks})")
+    world = process()[1]
+    need(math.ceil(cfg.batch / cfg.tasks) * cfg.tasks % world == 0, "batch",
+         f"must be, rounded up to a multiple of --tasks, a multiple of the {world} processes")
     need(cfg.steps > cfg.warmup, "steps", f"must be above --warmup ({cfg.warmup})")
     need(cfg.steps >= cfg.curriculum, "curriculum", f"must be at most --steps ({cfg.steps})")
     device = pick_device(cfg.device)
@@ -906,17 +937,27 @@ def announce(cfg, preset):
 
 def main():
     cfg, preset, checkpoint = parse_config()
+    rank, world = process()
     try:
+        if world > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()                 # and wait for all: none may write before all have looked
+            dist.barrier()
+        if rank > 0:
+            sys.stdout = open(os.devnull, "w")        # one of them talks
         run = start(cfg, checkpoint)
         claim_folder(cfg)
         announce(cfg, preset)
         ended_by = train(run, cfg)
-        if not ended_by:
+        if not ended_by and rank == 0:
             report(cfg.out, pick_device(cfg.device))
     except KeyboardInterrupt:                         # before the first step, or in the report
         ended_by = signal.SIGINT
     except OSError as e:                              # a full disk, a folder that is gone
         sys.exit(f"error: {e.filename or cfg.out}: {e.strerror}; no other file was touched")
+    if world > 1:
+        dist.destroy_process_group()
     if ended_by:
         if os.path.exists(os.path.join(cfg.out, "last.pt")):
             print(f"To go on: python grok_icl.py --resume --out {shlex.quote(cfg.out)}")

@@ -421,8 +421,8 @@ def test_early_stopping_on_scripted_curves():
     assert stop_at(plateau + [0.9] + [0.5] * 50, patience=0) == (60, None)   # 0: never stops
 
 
-def run(argv, **kwargs):
-    return subprocess.run([sys.executable, str(ROOT / "grok_icl.py"), *argv], capture_output=True,
+def run(argv, program=[str(ROOT / "grok_icl.py")], **kwargs):
+    return subprocess.run([sys.executable, *program, *argv], capture_output=True,
                           text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100, **kwargs)
 
 
@@ -453,7 +453,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, o
     assert interrupted(tiny(optimizer=optimizer, out=str(parts)), 6, monkeypatch) == signal.SIGINT
     assert torch.load(parts / "last.pt", weights_only=True)["step"] == 6
     cfg, _, checkpoint = g.parse_config(["--resume", "--out", str(parts)])
-    assert g.train(g.start(cfg, checkpoint), cfg) is None
+    assert g.train(g.start(cfg, checkpoint), cfg) == 0
 
     assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
     for name in ("last.pt", "best.pt"):
@@ -533,7 +533,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_files(tmp_path, monkeypatch):
     interrupted(tiny(out=str(tmp_path)), 6, monkeypatch)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     full = run(["--resume", "--out", str(tmp_path)],
-               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert full.returncode == 1 and len(one_error(full.stderr)) == 1 and str(tmp_path) in full.stderr
     after = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     assert after.keys() == before.keys()                         # no half-written file is left
@@ -553,6 +553,33 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     assert process.returncode == 130 and f"--resume --out {out}" in stdout
     assert "Finishing this step" in stdout                       # not torn out of the middle of one
     assert torch.load(out / "last.pt", weights_only=True)["step"] > 0
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_two_processes_follow_one(tmp_path, monkeypatch, resumed):
+    """Under torchrun, from the start and from the middle of a run that one process began."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    trained(tiny(out=str(one)))
+    argv = [*TINY_FLAGS, "--out", str(two)]
+    if resumed:
+        interrupted(tiny(out=str(two)), 6, monkeypatch)
+        argv = ["--resume", "--out", str(two)]
+    done = run(["--standalone", "--nproc_per_node=2", str(ROOT / "grok_icl.py"), *argv],
+               program=["-m", "torch.distributed.run"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Phase:") == 1                      # one of them talks
+    rows = [list(csv.DictReader(open(folder / "metrics.csv"))) for folder in (one, two)]
+    assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == ["4", "8", "12"]
+    assert [float(r["loss"]) for r in rows[0]] == pytest.approx([float(r["loss"]) for r in rows[1]], rel=1e-5)
+    weights = [torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (one, two)]
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+    assert sorted(f.name for f in two.iterdir()) == ["best.pt", "config.json", "last.pt", "metrics.csv"]
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as stop:
+        g.parse_config(TINY_FLAGS)
+    assert stop.value.code == 2 and "--batch 16" in (err := capsys.readouterr().err) and "3 processes" in err
 
 # -------------------------------------------------------------------------------------------------
 # Bad input: one line that names the flag and what would do, exit code 2, nothing touched
