@@ -725,8 +725,6 @@ def train(run, cfg):
     Returns the number of the signal that ended the run early (Ctrl-C's or SLURM's), or 0.
     """
     device, history, (rank, world) = run.loss_sum.device, run.history, process()
-    if run.step == 0:
-        save(run, cfg, "last.pt")                     # from here on there is something to resume
     tasks, inputs = run.split["id"].to(device), run.split["train_inputs"].to(device)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
@@ -914,10 +912,12 @@ def default_out(cfg, base, preset):
     return os.path.join("out", "-".join([preset or "paper"] + [f"{n}{getattr(cfg, n)}" for n in names]))
 
 
-def claim_folder(cfg):
+def claim_folder(run, cfg):
     """Make cfg.out and write config.json, or exit with one line if that can't be done."""
     try:
         os.makedirs(cfg.out, exist_ok=True)
+        if run.step == 0:
+            save(run, cfg, "last.pt")                 # first of all: whatever is found can be resumed
         write_file(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=2).encode())
     except OSError as e:
         die(f"--out {cfg.out}: can't be written ({e.strerror}); name a folder that can")
@@ -947,7 +947,7 @@ def main():
         if rank > 0:
             sys.stdout = open(os.devnull, "w")        # one of them talks
         run = start(cfg, checkpoint)
-        claim_folder(cfg)
+        claim_folder(run, cfg)
         announce(cfg, preset)
         ended_by = train(run, cfg)
         if not ended_by and rank == 0:

@@ -389,8 +389,9 @@ def test_phase_diagram_of_a_folder_of_runs(tmp_path, monkeypatch, capsys):
 def tiny_run(tmp_path_factory):
     """A run that has learned nothing, at p = 3: every part must get through it."""
     cfg = config(p=3, tasks=4, alpha=0.6, examples=4, out=str(tmp_path_factory.mktemp("runs") / "tiny"))
-    g.claim_folder(cfg)
-    g.train(g.start(cfg), cfg)
+    run = g.start(cfg)
+    g.claim_folder(run, cfg)
+    g.train(run, cfg)
     return Path(cfg.out)
 
 

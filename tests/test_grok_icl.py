@@ -427,8 +427,9 @@ def run(argv, program=[str(ROOT / "grok_icl.py")], **kwargs):
 
 
 def trained(cfg):
-    g.claim_folder(cfg)
-    return g.train(g.start(cfg), cfg)
+    run = g.start(cfg)
+    g.claim_folder(run, cfg)
+    return g.train(run, cfg)
 
 
 def interrupted(cfg, step, monkeypatch):
@@ -518,7 +519,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
         monkeypatch.setattr(g, "training_batch", breaking)
         calls.clear()
         run = g.start(cfg)
-        g.claim_folder(cfg)
+        g.claim_folder(run, cfg)
         with pytest.raises(SystemExit, match=f"by step {when}"):
             g.train(run, cfg)
         for name in ("last.pt", "best.pt"):
@@ -553,6 +554,12 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     assert process.returncode == 130 and f"--resume --out {out}" in stdout
     assert "Finishing this step" in stdout                       # not torn out of the middle of one
     assert torch.load(out / "last.pt", weights_only=True)["step"] > 0
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
+def test_a_killed_run_is_resumed_as_if_nothing_had_been():
+    done = run(["--kills", "4"], program=[str(ROOT / "tests" / "kill.py")])
+    assert done.returncode == 0 and "4 kills" in done.stdout, done.stdout + done.stderr
+
 
 @pytest.mark.parametrize("resumed", [False, True])
 def test_two_processes_follow_one(tmp_path, monkeypatch, resumed):
