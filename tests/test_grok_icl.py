@@ -3,6 +3,7 @@ Tests of grok_icl.py against references that share no code with it: brute force 
 attention, complex arithmetic, planted predictors, scripted curves, and runs that were interrupted.
 """
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -542,16 +543,17 @@ def test_a_full_disk_ends_the_run_and_leaves_the_files(tmp_path, monkeypatch):
     assert run(["--resume", "--out", str(tmp_path)]).returncode == 0
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS, "--steps", "100000",
                                 "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     deadline = time.time() + 60
     while not (out / "metrics.csv").exists() and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and f"--resume --out {out}" in stdout
+    assert process.returncode == code and f"--resume --out {out}" in stdout
     assert "Finishing this step" in stdout                       # not torn out of the middle of one
     assert torch.load(out / "last.pt", weights_only=True)["step"] > 0
 
@@ -649,6 +651,25 @@ def test_bad_input_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, ca
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and all(w in err for w in words), err
     assert not list(tmp_path.iterdir())
+
+
+NUMBERS = [f.name for f in dataclasses.fields(g.Config) if f.type in (int, float)]
+WORDS = ["task_choice", "optimizer", "device", "amp", "compile", "preset"]
+
+
+@pytest.mark.parametrize("flag, value", [
+    *((flag, value) for flag in NUMBERS for value in ("", "seven", "½", "-1", "nan", "9" * 400)),
+    *((flag, value) for flag in WORDS for value in ("", "½", "-1"))])
+def test_every_flag_refuses_what_it_cannot_be(flag, value, tmp_path, monkeypatch, capsys):
+    """Wrong type, empty, unicode, negative, huge: one line that names flag and value, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    flag = "--" + flag.replace("_", "-")
+    monkeypatch.setattr(sys, "argv", ["grok_icl.py", f"{flag}={value}"])
+    with pytest.raises(SystemExit) as stop:
+        g.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and flag in err and not list(tmp_path.iterdir())
+    assert value in err or flag != "--device" and float(value) == math.inf and "inf" in err
 
 
 class Exploit:
