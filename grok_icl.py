@@ -711,8 +711,8 @@ def finite_loss(run, cfg):
     over_processes(run.loss_sum, dist.ReduceOp.SUM)
     loss = run.loss_sum.item() / max(1, run.loss_steps)
     if not (math.isfinite(loss) and all(w.isfinite().all() for w in run.model.parameters())):
-        sys.exit(f"error: by step {run.step} the loss was {loss}, the weights no longer numbers; try a smaller --lr. "
-                 f"{cfg.out} has what was saved before")
+        sys.exit(f"error: by step {run.step} the loss was {loss}; it and all weights must be finite. Try a smaller "
+                 f"--lr; {cfg.out} has what was saved before")
     return loss
 
 
