@@ -25,7 +25,6 @@ The file reads from top to bottom:
     6. Report, command line, main
 """
 import argparse
-import csv
 import io
 import json
 import math
@@ -85,10 +84,17 @@ class Config:
     patience: int = option(20, "run", "evaluations without a new best before stopping; 0: never", (0, 10**9))
     out: str = option("", "run", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, "run", "continue the run in --out; its flags need no repeating")
+    max_minutes: float = option(0.0, "run", "minutes after which to save and stop, so that a long run can go in "
+                                "pieces, each with --resume; 0: never", (0, 1e6))
     device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     amp: str = option("auto", "run", "autocast; auto: bf16 on a GPU that has it, else fp16; off on CPU",
                       ["auto", "bf16", "fp16", "off"])
     compile: str = option("auto", "run", "torch.compile; auto: on a GPU", ["auto", "on", "off"])
+
+    @property
+    def per_task(self):
+        """Sequences of each task in a batch: every task comes equally often."""
+        return math.ceil(self.batch / self.tasks)
 
 
 # A preset replaces defaults; a flag on the command line replaces the preset's value.
@@ -480,13 +486,10 @@ def make_optimizers(model, cfg):
         lr=MUON_ADAMW_LR if muon else cfg.lr, betas=ADAM_BETAS, fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.wd))
-    for group in param_groups(optimizers):
-        group["peak_lr"] = group["lr"]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
     return optimizers
-
-
-def param_groups(optimizers):
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def lr_factor(step, warmup, steps):
@@ -593,29 +596,20 @@ def save(run, cfg, name):
     write_file(os.path.join(cfg.out, name), buffer.getbuffer())
 
 
-def as_csv(rows):
-    """Rows, dicts with the same keys, as the bytes of a csv file with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
 def is_sound(checkpoint, cfg):
-    """Whether split, weights and (where they are there) step and history are what cfg makes them."""
+    """Whether split, weights and (where they are there) steps and history are what cfg makes them."""
     def residues(t):
         return t.dtype == torch.long and t.shape == (len(t), 2) and len(t) and 0 <= t.min() <= t.max() < cfg.p
     split, weights, history = checkpoint["split"], checkpoint["model"], checkpoint.get("history", [])
+    counts = checkpoint.get("step", 0), checkpoint.get("loss_steps", 0)
     with torch.device("meta"):                        # shapes without the memory
         expected = GPT(cfg).state_dict()
     return (split.keys() == {"id", "val_ood", "test_ood", "train_inputs", "test_inputs"}
             and all(residues(pairs) for pairs in split.values())
             and {k: w.shape for k, w in weights.items()} == {k: w.shape for k, w in expected.items()}
             and all(w.is_floating_point() and w.isfinite().all() for w in weights.values())
-            and type(checkpoint.get("step", 0)) is int and 0 <= checkpoint.get("step", 0) <= cfg.steps
-            and type(checkpoint.get("loss_steps", 0)) is int and isinstance(history, list)
-            and all(row.keys() == set(METRICS) and all(type(v) in (int, float) for v in row.values())
+            and all(type(n) is int and 0 <= n <= cfg.steps for n in counts) and isinstance(history, list)
+            and all(row.keys() == set(METRICS) and {int, float} >= set(map(type, row.values()))
                     for row in history))
 
 
@@ -633,11 +627,9 @@ def load_checkpoint(path):
         die(f"{path}: not a checkpoint of this program, or of another version")
     cfg = Config(**config)
     validate(replace(cfg, device="cpu", amp="off"), f"{path}: ")
-    try:
+    with suppress(TypeError, AttributeError, RuntimeError, ValueError, IndexError):
         if is_sound(checkpoint, cfg):
             return checkpoint
-    except (TypeError, AttributeError, RuntimeError, ValueError, IndexError):
-        pass
     die(f"{path}: damaged; its weights, split or history don't fit its config")
 
 
@@ -679,8 +671,7 @@ def hours_left(run, cfg):
         z_loss(run.model, tokens).backward()
         seconds = time.perf_counter() - begin
     run.model.zero_grad()
-    batch = math.ceil(cfg.batch / cfg.tasks) * cfg.tasks
-    return seconds * batch / len(tokens) * (cfg.steps - run.step) / 3600
+    return seconds * cfg.per_task * cfg.tasks / len(tokens) * (cfg.steps - run.step) / 3600
 
 
 @contextmanager
@@ -699,16 +690,10 @@ def stop_signals(bar):
             signal.signal(number, handler)
 
 
-def over_processes(value, operation):
-    """A tensor's sum or maximum over all processes, in place."""
-    if process()[1] > 1:
-        dist.all_reduce(value, operation)
-    return value
-
-
 def finite_loss(run, cfg):
     """Mean loss since the last evaluation; exits, before anything is saved, if the numbers went wrong."""
-    over_processes(run.loss_sum, dist.ReduceOp.SUM)
+    if process()[1] > 1:
+        dist.all_reduce(run.loss_sum)
     loss = run.loss_sum.item() / max(1, run.loss_steps)
     if not (math.isfinite(loss) and all(w.isfinite().all() for w in run.model.parameters())):
         sys.exit(f"error: by step {run.step} the loss was {loss}; it and all weights must be finite. Try a smaller "
@@ -722,28 +707,30 @@ def train(run, cfg):
 
     Under torchrun every process draws the same batch and takes its share of it, and the gradients are
     averaged: N processes do what one would. Only the first writes files.
-    Returns the number of the signal that ended the run early (Ctrl-C's or SLURM's), or 0.
+    Returns None from a run that is finished. One that ended early is saved, and its exit code returned: 130
+    after Ctrl-C, 143 after SIGTERM, 0 after cfg.max_minutes.
     """
+    deadline = time.monotonic() + (60 * cfg.max_minutes or math.inf)
     device, history, (rank, world) = run.loss_sum.device, run.history, process()
     tasks, inputs = run.split["id"].to(device), run.split["train_inputs"].to(device)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
-    per_task = math.ceil(cfg.batch / cfg.tasks)
-    model = compiled(run, cfg, per_task * cfg.tasks // world)
+    model = compiled(run, cfg, cfg.per_task * cfg.tasks // world)
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     if device.type == "cpu" and (hours := hours_left(run, cfg) / world) > 2:
         print(f"This will take about {hours:,.0f} hours on this CPU; --preset laptop takes minutes. Going "
               f"on all the same: Ctrl-C saves and stops.", flush=True)
     often = max(1, cfg.eval_every // 20)              # steps between looks at what makes the GPU wait
-    scores, stop, ended_by = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1], 0
+    scores, stop, early = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1], None
     with tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True, mininterval=0.5,
               disable=rank > 0) as bar, stop_signals(bar) as signals:
-        while run.step < cfg.steps and not stop and not ended_by:
+        while run.step < cfg.steps and not stop and early is None:
             factor = lr_factor(run.step, cfg.warmup, cfg.steps)
-            for group in param_groups(run.optimizers):
-                group["lr"] = group["peak_lr"] * factor
-            batch = training_batch(tasks, inputs, per_task, cfg.examples, cfg.p, run.generator,
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+            batch = training_batch(tasks, inputs, cfg.per_task, cfg.examples, cfg.p, run.generator,
                                    curriculum_lines(run.step, cfg))
             with run.autocast:
                 loss = z_loss(model, batch[rank::world])
@@ -769,19 +756,24 @@ def train(run, cfg):
                 best, stop = early_stopping(history, cfg.patience, 1 / cfg.p)
                 if best == len(history) - 1:
                     save(run, cfg, "best.pt")
-                write_file(os.path.join(cfg.out, "metrics.csv"), as_csv(history))
+                table = [METRICS, *(row.values() for row in history)]
+                write_file(os.path.join(cfg.out, "metrics.csv"),
+                           "".join(",".join(map(str, line)) + "\n" for line in table).encode())
                 save(run, cfg, "last.pt")
                 scores = ("i.d. {id_train:.2f}/{id_test:.2f} o.o.d. {val_ood_train:.2f}/{val_ood_test:.2f}"
                           .format(**row))
                 bar.write(f"step {run.step:6d}  loss {row['loss']:.3f}  {scores}")
-            if world == 1:
-                ended_by = max(signals, default=0)
-            elif run.step % often == 0:               # all must leave after the same step
-                ended_by = int(over_processes(torch.tensor(max(signals, default=0), device=device), dist.ReduceOp.MAX))
-        if ended_by:
+            if world == 1 or run.step % often == 0:   # all processes must leave after the same step
+                codes = [128 + number for number in signals] + [0] * (time.monotonic() > deadline)
+                if world > 1:
+                    everyone = [None] * world
+                    dist.all_gather_object(everyone, codes)
+                    codes = sum(everyone, [])
+                early = max(codes, default=None)
+        if early is not None:
             finite_loss(run, cfg)
             save(run, cfg, "last.pt")
-    return ended_by
+    return early
 
 # -------------------------------------------------------------------------------------------------
 # 6. Report, command line, main
@@ -841,11 +833,12 @@ def parse_config(argv=None):
                  metavar="|".join(accepts) if isinstance(accepts, list) else f.type.__name__.upper())))
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset", None)
-    base = replace(Config(), **PRESETS.get(preset, {}))
+    base = Config(**PRESETS.get(preset, {}))
     cfg = replace(base, **given)
-    if given.get("out") == "":
+    if "out" not in given:
+        cfg.out = default_out(cfg, base, preset)
+    elif not cfg.out:
         die("--out '': name a folder, or leave the flag out")
-    cfg.out = cfg.out or default_out(cfg, base, preset)
     if not cfg.resume:
         validate(cfg)
         if any(os.path.exists(os.path.join(cfg.out, name)) for name in RUN_FILES):
@@ -854,10 +847,9 @@ def parse_config(argv=None):
 
     checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))
     saved = Config(**checkpoint["config"])
-    asked = {**(PRESETS[preset] if preset else {}), **given}
     fixed = [f.name for f in fields(Config) if f.metadata["group"] != "run"]
     differ = [f"--{k.replace('_', '-')} {v} (saved: {getattr(saved, k)})"
-              for k, v in asked.items() if k in fixed and v != getattr(saved, k)]
+              for k, v in (PRESETS.get(preset, {}) | given).items() if k in fixed and v != getattr(saved, k)]
     if differ:
         die(f"--resume: {cfg.out} is a run of other settings: {', '.join(differ)}; "
             f"only what --help lists under 'run' may change")
@@ -865,8 +857,7 @@ def parse_config(argv=None):
         best = load_checkpoint(os.path.join(cfg.out, "best.pt"))
         if any(best["config"][k] != checkpoint["config"][k] for k in fixed):
             die(f"{cfg.out}/best.pt: belongs to another run than last.pt")
-    cfg = replace(saved, **{k: v for k, v in given.items() if k not in fixed}
-                              | {"out": cfg.out, "resume": False})
+    cfg = replace(saved, **given | {"out": cfg.out, "resume": False})
     validate(cfg, f"{cfg.out}/last.pt: ")
     return cfg, preset, checkpoint
 
@@ -896,7 +887,7 @@ def validate(cfg, where=""):
          f"{cfg.heads} heads, each of even width for the rotation")
     need(cfg.batch >= cfg.tasks, "batch", f"must be at least --tasks ({cfg.tasks})")
     world = process()[1]
-    need(math.ceil(cfg.batch / cfg.tasks) * cfg.tasks % world == 0, "batch",
+    need(cfg.per_task * cfg.tasks % world == 0, "batch",
          f"must be, rounded up to a multiple of --tasks, a multiple of the {world} processes")
     need(cfg.steps > cfg.warmup, "steps", f"must be above --warmup ({cfg.warmup})")
     need(cfg.steps >= cfg.curriculum, "curriculum", f"must be at most --steps ({cfg.steps})")
@@ -929,8 +920,7 @@ def announce(cfg, preset):
         print(f"Preset {preset} (and the paper): " + ", ".join(
             f"{k} {getattr(cfg, k)} ({getattr(Config(), k)})" for k in PRESETS[preset]))
     if cfg.batch % cfg.tasks:
-        print(f"--batch {cfg.batch} becomes {math.ceil(cfg.batch / cfg.tasks) * cfg.tasks}, "
-              f"the next multiple of {cfg.tasks} tasks: every task comes equally often")
+        print(f"--batch {cfg.batch} becomes {cfg.per_task * cfg.tasks}, the next multiple of {cfg.tasks} tasks")
     print(f"p {cfg.p}, {cfg.tasks} tasks, alpha {cfg.alpha}, depth {cfg.depth}, seed {cfg.seed}; "
           f"torch {torch.__version__} on {pick_device(cfg.device)}; {cfg.out}", flush=True)
 
@@ -949,19 +939,19 @@ def main():
         run = start(cfg, checkpoint)
         claim_folder(run, cfg)
         announce(cfg, preset)
-        ended_by = train(run, cfg)
-        if not ended_by and rank == 0:
+        early = train(run, cfg)
+        if early is None and rank == 0:
             report(cfg.out, pick_device(cfg.device))
     except KeyboardInterrupt:                         # before the first step, or in the report
-        ended_by = signal.SIGINT
+        early = 130
     except OSError as e:                              # a full disk, a folder that is gone
         sys.exit(f"error: {e.filename or cfg.out}: {e.strerror}; no other file was touched")
     if world > 1:
         dist.destroy_process_group()
-    if ended_by:
+    if early is not None:
         if os.path.exists(os.path.join(cfg.out, "last.pt")):
             print(f"To go on: python grok_icl.py --resume --out {shlex.quote(cfg.out)}")
-        sys.exit(128 + ended_by)                      # 130 after Ctrl-C, 143 after SIGTERM
+        sys.exit(early)
 
 
 if __name__ == "__main__":

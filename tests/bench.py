@@ -106,7 +106,7 @@ class Stepper:
         self.model = torch.compile(self.run.model) if compiled else self.run.model
         self.autocast = self.run.autocast if autocast else nullcontext()
         self.tasks, self.inputs = (self.run.split[k].to(self.device) for k in ("id", "train_inputs"))
-        self.per_task = -(-cfg.batch // cfg.tasks)
+        self.per_task = cfg.per_task
 
     def part(self, name, work, timed):
         if not timed:

@@ -452,10 +452,13 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, o
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained(tiny(optimizer=optimizer, out=str(whole)))
 
-    assert interrupted(tiny(optimizer=optimizer, out=str(parts)), 6, monkeypatch) == signal.SIGINT
-    assert torch.load(parts / "last.pt", weights_only=True)["step"] == 6
-    cfg, _, checkpoint = g.parse_config(["--resume", "--out", str(parts)])
-    assert g.train(g.start(cfg, checkpoint), cfg) == 0
+    assert interrupted(tiny(optimizer=optimizer, out=str(parts)), 6, monkeypatch) == 130
+    for step in (6, 7, 8):                                       # then in pieces of a step, at 8 an evaluation
+        assert torch.load(parts / "last.pt", weights_only=True)["step"] == step
+        cfg, _, checkpoint = g.parse_config(["--resume", "--out", str(parts), "--max-minutes", "1e-9"])
+        assert g.train(g.start(cfg, checkpoint), cfg) == 0
+    cfg, _, checkpoint = g.parse_config(["--resume", "--out", str(parts), "--max-minutes", "0"])
+    assert g.train(g.start(cfg, checkpoint), cfg) is None
 
     assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
     for name in ("last.pt", "best.pt"):
@@ -568,12 +571,16 @@ def test_two_processes_follow_one(tmp_path, monkeypatch, resumed):
     """Under torchrun, from the start and from the middle of a run that one process began."""
     one, two = tmp_path / "one", tmp_path / "two"
     trained(tiny(out=str(one)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "grok_icl.py")]
     argv = [*TINY_FLAGS, "--out", str(two)]
     if resumed:
-        interrupted(tiny(out=str(two)), 6, monkeypatch)
+        interrupted(tiny(out=str(two)), 5, monkeypatch)
         argv = ["--resume", "--out", str(two)]
-    done = run(["--standalone", "--nproc_per_node=2", str(ROOT / "grok_icl.py"), *argv],
-               program=["-m", "torch.distributed.run"])
+        piece = run([*argv, "--max-minutes", "1e-9"], program=torchrun)
+        assert piece.returncode == 0 and piece.stdout.count("To go on") == 1, piece.stderr
+        assert torch.load(two / "last.pt", weights_only=True)["step"] == 6      # both left after one more step
+        argv += ["--max-minutes", "0"]
+    done = run(argv, program=torchrun)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Phase:") == 1                      # one of them talks
     rows = [list(csv.DictReader(open(folder / "metrics.csv"))) for folder in (one, two)]
