@@ -306,8 +306,9 @@ class Attention(nn.Module):
         q = rotate(self.project(self.query, rows, tokens, at), cos[at], sin[at])     # (B, H, Q, D)
         k = rotate(self.project(self.key, rows, tokens), cos, sin)                   # (B, H, T, D)
         v = self.project(self.value, rows, tokens)                                   # (B, H, T, D)
-        scores = q @ k.mT / math.sqrt(q.size(-1))                                    # (B, H, Q, T)
-        weights = scores.masked_fill(future[at], -math.inf).softmax(dim=-1)
+        # scaling q touches fewer numbers than scaling the scores, and adding -inf needs no backward pass
+        scores = (q / math.sqrt(q.size(-1)) @ k.mT).add_(future[at])                 # (B, H, Q, T)
+        weights = scores.softmax(dim=-1)
         heads = weights @ v                                                          # (B, H, Q, D)
         note("attention", weights)
         note("heads", heads)
@@ -352,7 +353,7 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(length, cfg.embd // cfg.heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.register_buffer("future", torch.ones(length, length).triu(1).bool(), persistent=False)
+        self.register_buffer("future", torch.full((length, length), -math.inf).triu(1), persistent=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 # the residual stream sums 2 * depth outputs; the paper scales down those of the MLPs

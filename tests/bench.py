@@ -66,7 +66,7 @@ class FusedAttention(g.Attention):
         v = self.project(self.value, rows, tokens)
         q = g.rotate(self.project(self.query, rows, tokens, at), cos[at], sin[at]).to(v.dtype)
         k = g.rotate(self.project(self.key, rows, tokens), cos, sin).to(v.dtype)
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=~future[at])
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=future[at].to(v.dtype))
         return self.out(heads.transpose(1, 2).flatten(2))
 
 
