@@ -84,8 +84,8 @@ class Config:
     patience: int = option(20, "run", "evaluations without a new best before stopping; 0: never", (0, 10**9))
     out: str = option("", "run", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, "run", "continue the run in --out; its flags need no repeating")
-    max_minutes: float = option(0.0, "run", "minutes after which to save and stop, so that a long run can go in "
-                                "pieces, each with --resume; 0: never", (0, 1e6))
+    max_minutes: float = option(0.0, "run", "minutes after which to save and stop, and after each --resume "
+                                "again: a long run in pieces; 0: never", (0, 1e6))
     device: str = option("auto", "run", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     amp: str = option("auto", "run", "autocast; auto: bf16 on a GPU that has it, else fp16; off on CPU",
                       ["auto", "bf16", "fp16", "off"])
@@ -117,6 +117,7 @@ EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 4096       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
 PHASE_THRESHOLD = 0.5         # last-shot accuracy on novel queries from which a set counts as good
+CPU_RATE = 1e11               # operations a second that a few cores do, to warn of endless runs
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
 SETS = ("id_train", "id_test", "val_ood_train", "val_ood_test")
 METRICS = ("step", "lr", "loss", *(name + novel for name in SETS for novel in ("", "_novel")))
@@ -125,7 +126,9 @@ RUN_FILES = ("config.json", "metrics.csv", "best.pt", "last.pt")
 
 def process():
     """(this process's rank, how many there are): more than one under torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def die(message):
@@ -525,7 +528,7 @@ def pick_device(name):
         torch.empty(1, device=device)
         if device.type in ("cpu", "cuda"):
             return device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         pass
     there = ["auto", "cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     die(f"--device {name or repr(name)}: not usable here; there is {', '.join(there)}")
@@ -546,7 +549,7 @@ def start(cfg, checkpoint=None):
     """All that changes while a run goes on: fresh, or as the checkpoint (its last.pt) left it."""
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
-    run = SimpleNamespace(split=checkpoint["split"] if checkpoint else make_split(cfg),
+    run = SimpleNamespace(split=checkpoint["split"] if checkpoint else make_split(cfg), device=device,
                           model=GPT(cfg).to(device), step=0, history=[], loss_steps=0,
                           loss_sum=torch.zeros((), device=device),
                           generator=torch.Generator(device).manual_seed(cfg.seed))
@@ -557,8 +560,8 @@ def start(cfg, checkpoint=None):
             run.step, run.history, run.loss_steps = (checkpoint[k] for k in ("step", "history", "loss_steps"))
             run.loss_sum += checkpoint["loss_sum"].to(device) * (process()[0] == 0)     # the sum over ranks
             run.model.load_state_dict(checkpoint["model"])
-            for optimizer, state in zip(run.optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+            for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
+                load_moments(optimizer, saved["state"], run.step > 0)
             if checkpoint["scaler"]:
                 run.scaler.load_state_dict(checkpoint["scaler"])
             if checkpoint["device"] == device.type:
@@ -570,27 +573,31 @@ def start(cfg, checkpoint=None):
     return run
 
 
+def load_moments(optimizer, state, started):
+    """Set the running moments; ValueError where they don't fit (fused kernels would write out of bounds)."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})    # rates and decay are cfg's
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    for w in (w for group in optimizer.param_groups for w in group["params"] if started):
+        if {name: m.shape for name, m in optimizer.state[w].items()} != {
+                name: () if name == "step" else w.shape for name in names}:
+            raise ValueError
+
+
 def write_file(path, content):
     """Write bytes under another name, then rename: whoever reads path finds the old file or the new one."""
-    if process()[0] > 0:
-        return
-    try:
+    if process()[0] == 0:
         with open(path + ".tmp", "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())                      # on the disk before the old one goes
         os.replace(path + ".tmp", path)
-    except OSError:
-        with suppress(OSError):
-            os.remove(path + ".tmp")
-        raise
 
 
 def save(run, cfg, name):
     """Write all of the run, its split and config to cfg.out/name, for torch.load(weights_only=True)."""
     state = dict(config=asdict(cfg), split=run.split, model=run.model.state_dict(),
                  optimizers=[o.state_dict() for o in run.optimizers], scaler=run.scaler.state_dict(),
-                 generator=run.generator.get_state(), device=run.generator.device.type, step=run.step,
+                 generator=run.generator.get_state(), device=run.device.type, step=run.step,
                  history=run.history, loss_sum=run.loss_sum, loss_steps=run.loss_steps)
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -599,19 +606,21 @@ def save(run, cfg, name):
 
 def is_sound(checkpoint, cfg):
     """Whether split, weights and (where they are there) steps and history are what cfg makes them."""
-    def residues(t):
-        return t.dtype == torch.long and t.shape == (len(t), 2) and len(t) and 0 <= t.min() <= t.max() < cfg.p
     split, weights, history = checkpoint["split"], checkpoint["model"], checkpoint.get("history", [])
     counts = checkpoint.get("step", 0), checkpoint.get("loss_steps", 0)
+
+    def complete(*names):                             # each pair once: no test task or input was trained on
+        pairs = torch.cat([split[name] for name in names])
+        return (all(len(split[name]) for name in names) and pairs.dtype == torch.long
+                and sorted(pairs.tolist()) == grid(cfg.p).tolist())
     with torch.device("meta"):                        # shapes without the memory
         expected = GPT(cfg).state_dict()
-    return (split.keys() == {"id", "val_ood", "test_ood", "train_inputs", "test_inputs"}
-            and all(residues(pairs) for pairs in split.values())
+    return (complete("id", "val_ood", "test_ood") and complete("train_inputs", "test_inputs")
+            and len(split["id"]) == cfg.tasks and len(split) == 5
             and {k: w.shape for k, w in weights.items()} == {k: w.shape for k, w in expected.items()}
             and all(w.is_floating_point() and w.isfinite().all() for w in weights.values())
             and all(type(n) is int and 0 <= n <= cfg.steps for n in counts) and isinstance(history, list)
-            and all(row.keys() == set(METRICS) and {int, float} >= set(map(type, row.values()))
-                    for row in history))
+            and all(tuple(row) == METRICS and {int, float} >= set(map(type, row.values())) for row in history))
 
 
 def load_checkpoint(path):
@@ -628,7 +637,7 @@ def load_checkpoint(path):
         die(f"{path}: not a checkpoint of this program, or of another version")
     cfg = Config(**config)
     validate(replace(cfg, device="cpu", amp="off"), f"{path}: ")
-    with suppress(TypeError, AttributeError, RuntimeError, ValueError, IndexError):
+    with suppress(TypeError, AttributeError, RuntimeError, ValueError, LookupError):
         if is_sound(checkpoint, cfg):
             return checkpoint
     die(f"{path}: damaged; its weights, split or history don't fit its config")
@@ -649,13 +658,12 @@ def z_loss(model, tokens):
 
 def compiled(run, cfg, batch):
     """The model under torch.compile, tried on a batch of that size; where that fails, as it is."""
-    if cfg.compile == "off" or cfg.compile == "auto" and run.loss_sum.device.type != "cuda":
+    if cfg.compile == "off" or cfg.compile == "auto" and run.device.type != "cuda":
         return run.model
     model = torch.compile(run.model)
     try:
         with run.autocast:
-            loss = z_loss(model, torch.zeros(batch, 3 * cfg.examples, dtype=torch.long,
-                                             device=run.loss_sum.device))
+            loss = z_loss(model, torch.zeros(batch, 3 * cfg.examples, dtype=torch.long, device=run.device))
         loss.backward()
     except Exception as e:
         print(f"Not compiled ({type(e).__name__}); the run is slower, not different.")
@@ -664,25 +672,17 @@ def compiled(run, cfg, batch):
     return model
 
 
-def hours_left(run, cfg):
-    """Hours that the remaining steps will take, from a timed slice of a batch."""
-    tokens = torch.zeros(min(32, cfg.batch), 3 * cfg.examples, dtype=torch.long)
-    for _ in range(2):                                # the first one only warms up
-        begin = time.perf_counter()
-        z_loss(run.model, tokens).backward()
-        seconds = time.perf_counter() - begin
-    run.model.zero_grad()
-    return seconds * cfg.per_task * cfg.tasks / len(tokens) * (cfg.steps - run.step) / 3600
-
-
 @contextmanager
 def stop_signals(bar):
     """Within, Ctrl-C and SLURM's SIGTERM are only noted, in the list given out; a second one stops at once."""
     caught = []
     def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        bar.write("Finishing this step, then saving. Once more stops at once.")
+        if not caught:
+            bar.write("Finishing this step, then saving. Once more stops at once.")
+        elif time.monotonic() > caught[0][1] + 1:     # sooner, it is the same one, passed on by torchrun too
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        caught.append((number, time.monotonic()))
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
@@ -698,7 +698,7 @@ def finite_loss(run, cfg):
     loss = run.loss_sum.item() / max(1, run.loss_steps)
     if not (math.isfinite(loss) and all(w.isfinite().all() for w in run.model.parameters())):
         sys.exit(f"error: by step {run.step} the loss was {loss}; it and all weights must be finite. Try a smaller "
-                 f"--lr; {cfg.out} has what was saved before")
+                 f"--lr; {cfg.out} has what was saved before" if process()[0] == 0 else 1)
     return loss
 
 
@@ -708,25 +708,22 @@ def train(run, cfg):
 
     Under torchrun every process draws the same batch and takes its share of it, and the gradients are
     averaged: N processes do what one would. Only the first writes files.
-    Returns None from a run that is finished. One that ended early is saved, and its exit code returned: 130
+    Returns None once the run is finished. One that ends early is saved, and its exit code returned: 130
     after Ctrl-C, 143 after SIGTERM, 0 after cfg.max_minutes.
     """
     deadline = time.monotonic() + (60 * cfg.max_minutes or math.inf)
-    device, history, (rank, world) = run.loss_sum.device, run.history, process()
+    device, history, (rank, world) = run.device, run.history, process()
     tasks, inputs = run.split["id"].to(device), run.split["train_inputs"].to(device)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
     model = compiled(run, cfg, cfg.per_task * cfg.tasks // world)
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    if device.type == "cpu" and (hours := hours_left(run, cfg) / world) > 2:
-        print(f"This will take about {hours:,.0f} hours on this CPU; --preset laptop takes minutes. Going "
-              f"on all the same: Ctrl-C saves and stops.", flush=True)
     often = max(1, cfg.eval_every // 20)              # steps between looks at what makes the GPU wait
-    scores, stop, early = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1], None
+    scores, stop, exit_code = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1], -1
     with tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True, mininterval=0.5,
               disable=rank > 0) as bar, stop_signals(bar) as signals:
-        while run.step < cfg.steps and not stop and early is None:
+        while (unfinished := run.step < cfg.steps and not stop) and exit_code < 0:
             factor = lr_factor(run.step, cfg.warmup, cfg.steps)
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
@@ -764,37 +761,34 @@ def train(run, cfg):
                 scores = ("i.d. {id_train:.2f}/{id_test:.2f} o.o.d. {val_ood_train:.2f}/{val_ood_test:.2f}"
                           .format(**row))
                 bar.write(f"step {run.step:6d}  loss {row['loss']:.3f}  {scores}")
-            if world == 1 or run.step % often == 0:   # all processes must leave after the same step
-                codes = [128 + number for number in signals] + [0] * (time.monotonic() > deadline)
-                if world > 1:
-                    everyone = [None] * world
-                    dist.all_gather_object(everyone, codes)
-                    codes = sum(everyone, [])
-                early = max(codes, default=None)
-        if early is not None:
+            exit_code = max([128 + number for number, _ in signals] + [0] * (time.monotonic() > deadline), default=-1)
+            if world > 1:                             # all processes must leave after the same step
+                dist.all_reduce(agreed := torch.tensor(exit_code), dist.ReduceOp.MAX)
+                exit_code = agreed.item()
+        if unfinished:
             finite_loss(run, cfg)
             save(run, cfg, "last.pt")
-    return early
+    return exit_code if unfinished else None
 
 # -------------------------------------------------------------------------------------------------
 # 6. Report, command line, main
 # -------------------------------------------------------------------------------------------------
 
-def report(folder, device):
+def report(run, cfg):
     """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
-    best, last = (load_checkpoint(os.path.join(folder, name)) for name in ("best.pt", "last.pt"))
-    model, cfg = load_model(best, device)
+    best, last = run.history[early_stopping(run.history, 0, 1 / cfg.p)[0]], run.history[-1]
+    model, _ = load_model(load_checkpoint(os.path.join(cfg.out, "best.pt")), run.device)
     curves = {}
-    for name, tokens in eval_sequences(best["split"], "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
+    for name, tokens in eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
                                        seed=cfg.seed + 2).items():
-        tokens = tokens.to(device)                    # (model, ratio, regression) x (all, novel) x shots
+        tokens = tokens.to(run.device)                # (model, ratio, regression) x (all, novel) x shots
         curves[name] = 100 * torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])
 
     def cells(triple):
         return "{:6.1f} {:6.1f} {:10.1f}   ".format(*triple)
     header = " model  ratio  regression"
-    print(f"\nBest step {best['step']}: {best['history'][-1]['val_ood_test']:.2f} on validation o.o.d. tasks, "
-          f"test inputs. Last step {last['step']}: {last['history'][-1]['val_ood_test']:.2f}.\n\n"
+    print(f"\nBest step {best['step']}: {best['val_ood_test']:.2f} on validation o.o.d. tasks, test inputs. "
+          f"Last step {last['step']}: {last['val_ood_test']:.2f}.\n\n"
           f"Best step, accuracy in % after {cfg.examples - 1} shots; o.o.d. are the test tasks; chance is "
           f"{100 / cfg.p:.1f}\n{'':27}all queries{'':17}novel queries\n{'':27}{header}   {header}")
     for name, curve in curves.items():
@@ -859,7 +853,7 @@ def parse_config(argv=None):
         if any(best["config"][k] != checkpoint["config"][k] for k in fixed):
             die(f"{cfg.out}/best.pt: belongs to another run than last.pt")
     cfg = replace(saved, **given | {"out": cfg.out, "resume": False})
-    validate(cfg, f"{cfg.out}/last.pt: ")
+    validate(cfg)
     return cfg, preset, checkpoint
 
 
@@ -915,7 +909,7 @@ def claim_folder(run, cfg):
         die(f"--out {cfg.out}: can't be written ({e.strerror}); name a folder that can")
 
 
-def announce(cfg, preset):
+def announce(run, cfg, preset):
     """Say what will run: the preset's deviations from the paper, batch, device, folder."""
     if preset:
         print(f"Preset {preset} (and the paper): " + ", ".join(
@@ -923,7 +917,12 @@ def announce(cfg, preset):
     if cfg.batch % cfg.tasks:
         print(f"--batch {cfg.batch} becomes {cfg.per_task * cfg.tasks}, the next multiple of {cfg.tasks} tasks")
     print(f"p {cfg.p}, {cfg.tasks} tasks, alpha {cfg.alpha}, depth {cfg.depth}, seed {cfg.seed}; "
-          f"torch {torch.__version__} on {pick_device(cfg.device)}; {cfg.out}", flush=True)
+          f"torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
+    operations = 6 * sum(w.numel() for w in run.model.parameters()) * 3 * cfg.examples * cfg.per_task * cfg.tasks
+    hours = operations * (cfg.steps - run.step) / CPU_RATE / 3600
+    if run.device.type == "cpu" and hours > 2:
+        print(f"This will take some {hours:,.0f} hours on a CPU; --preset laptop takes minutes. Going on all the "
+              f"same: Ctrl-C saves and stops.", flush=True)
 
 
 def main():
@@ -933,26 +932,29 @@ def main():
         if world > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()                 # and wait for all: none may write before all have looked
-            dist.barrier()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            dist.barrier()                            # none may write before all have looked
         if rank > 0:
             sys.stdout = open(os.devnull, "w")        # one of them talks
         run = start(cfg, checkpoint)
         claim_folder(run, cfg)
-        announce(cfg, preset)
-        early = train(run, cfg)
-        if early is None and rank == 0:
-            report(cfg.out, pick_device(cfg.device))
+        announce(run, cfg, preset)
+        exit_code = train(run, cfg)
+        if exit_code is None and rank == 0:
+            report(run, cfg)
     except KeyboardInterrupt:                         # before the first step, or in the report
-        early = 130
+        exit_code = 130
     except OSError as e:                              # a full disk, a folder that is gone
-        sys.exit(f"error: {e.filename or cfg.out}: {e.strerror}; no other file was touched")
+        sys.exit(f"error: {e.filename or cfg.out}: {e.strerror}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is full; a smaller --batch, --embd or --examples needs less")
     if world > 1:
         dist.destroy_process_group()
-    if early is not None:
+    if exit_code is not None:
         if os.path.exists(os.path.join(cfg.out, "last.pt")):
-            print(f"To go on: python grok_icl.py --resume --out {shlex.quote(cfg.out)}")
-        sys.exit(early)
+            print(f"To go on: {'python' if world == 1 else 'torchrun ...'} grok_icl.py --resume --out "
+                  f"{shlex.quote(cfg.out)}")
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Stepper:
 
     def __init__(self, cfg, change=lambda model: model, loss=g.z_loss, compiled=False, autocast=True):
         self.cfg, self.run, self.loss = cfg, g.start(cfg), loss
-        self.device, self.seconds = self.run.loss_sum.device, {}
+        self.device, self.seconds = self.run.device, {}
         self.run.model = change(self.run.model)
         self.run.optimizers = g.make_optimizers(self.run.model, cfg)
         self.model = torch.compile(self.run.model) if compiled else self.run.model
