@@ -5,7 +5,7 @@ How fast is a training step, where does its time go, and how far is it from what
     python tests/bench.py --tasks 64 --batch 64                 the paper's model on a CPU
     python tests/bench.py --tasks 64 --batch 64 --authors DIR   and against the authors' code
 
-Takes the flags of grok_icl.py and trains for some steps without writing anything. Variants take turns,
+Takes the flags of grok_icl.py and trains for some steps (peak rate, no curriculum) without writing anything. Variants take turns,
 step by step, within one run, so that a busy machine is busy for all of them; each has the median, lowest
 and highest of its ratios to the step as trained. Run by hand; pytest does not collect it.
 
@@ -106,7 +106,6 @@ class Stepper:
         self.model = torch.compile(self.run.model) if compiled else self.run.model
         self.autocast = self.run.autocast if autocast else nullcontext()
         self.tasks, self.inputs = (self.run.split[k].to(self.device) for k in ("id", "train_inputs"))
-        self.per_task = cfg.per_task
 
     def part(self, name, work, timed):
         if not timed:
@@ -131,7 +130,7 @@ class Stepper:
                 run.scaler.step(optimizer)
                 optimizer.zero_grad()
             run.scaler.update()
-        batch = self.part("batch", lambda: g.training_batch(self.tasks, self.inputs, self.per_task, cfg.examples,
+        batch = self.part("batch", lambda: g.training_batch(self.tasks, self.inputs, cfg.per_task, cfg.examples,
                                                             cfg.p, run.generator), timed)
         loss = self.part("forward", forward, timed)
         self.part("backward", run.scaler.scale(loss).backward, timed)
@@ -185,7 +184,7 @@ def against_authors(folder, cfg, ours, rounds, block):
     args = theirs.parser.parse_args([
         "--device", device, "--mixed_precision", str(device == "cuda"), "--n_layer", str(cfg.depth), "--n_embd", str(cfg.embd),
         "--n_head", str(cfg.heads), "--p", str(cfg.p), "--base", str(cfg.p), "--n_tasks_pl", str(cfg.tasks // 4),
-        "--n_point_per_row", str(cfg.examples), "--data_pct", str(100 * cfg.alpha), "--bs", str(ours.per_task * cfg.tasks),
+        "--n_point_per_row", str(cfg.examples), "--data_pct", str(100 * cfg.alpha), "--bs", str(cfg.per_task * cfg.tasks),
         "--lr", str(cfg.lr), "--wd", str(cfg.wd), "--n_val_step", "0", "--n_ckpts", "0", "--steps", str(block * (rounds + 2)),
         "--warmup_steps", "1"])
     args.dtype = torch.bfloat16 if args.mixed_precision else torch.float32
@@ -226,17 +225,20 @@ def against_authors(folder, cfg, ours, rounds, block):
 # -------------------------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--authors")
+    parser = argparse.ArgumentParser(description="Time a training step; takes the flags of grok_icl.py as well.")
+    parser.add_argument("--rounds", type=int, default=10, help="how often each variant takes its turn [10]")
+    parser.add_argument("--authors", metavar="DIR", help="a copy of the authors' code, to run beside ours")
+    parser.error = g.die
     own, rest = parser.parse_known_args()
+    if own.rounds < 1:
+        g.die(f"--rounds {own.rounds}: must be at least 1")
     with tempfile.TemporaryDirectory() as temporary:          # never made: nothing is written
         cfg, _, _ = g.parse_config([*rest, "--out", os.path.join(temporary, "run")])
     on_gpu = g.pick_device(cfg.device).type == "cuda"
     compiled = cfg.compile == "on" or cfg.compile == "auto" and on_gpu
     block = 20 if on_gpu else 1
     trained = Stepper(cfg, compiled=compiled)
-    batch = trained.per_task * cfg.tasks
+    batch = cfg.per_task * cfg.tasks
     variants = {"first block at every position": dict(change=partial(with_class, old=g.Block, new=EveryRow)),
                 "last block at every position": dict(loss=everywhere_loss),
                 "fused attention": dict(change=partial(with_class, old=g.Attention, new=FusedAttention))}
