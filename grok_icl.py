@@ -319,6 +319,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices and a ReLU; its neurons are the numbers between them."""
+
     def __init__(self, cfg):
         super().__init__()
         self.up = nn.Linear(cfg.embd, MLP_RATIO * cfg.embd, bias=False)
@@ -331,6 +333,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then MLP; each reads the normalized residual stream and adds to it."""
+
     def __init__(self, cfg):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(cfg.embd), Attention(cfg)
@@ -546,7 +550,7 @@ def mixed_precision(cfg, device):
 
 
 def start(cfg, checkpoint=None):
-    """All that changes while a run goes on: fresh, or as the checkpoint (its last.pt) left it."""
+    """All that changes while a run goes on: fresh, or as the checkpoint (its last.pt) left it. Exits if damaged."""
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     run = SimpleNamespace(split=checkpoint["split"] if checkpoint else make_split(cfg), device=device,
@@ -558,7 +562,7 @@ def start(cfg, checkpoint=None):
     if checkpoint:
         try:
             run.step, run.history, run.loss_steps = (checkpoint[k] for k in ("step", "history", "loss_steps"))
-            run.loss_sum += checkpoint["loss_sum"].to(device) * (process()[0] == 0)     # the sum over ranks
+            run.loss_sum += checkpoint["loss_sum"].to(device) * (process()[0] == 0)     # one rank holds it for all
             run.model.load_state_dict(checkpoint["model"])
             for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
                 load_moments(optimizer, saved["state"], run.step > 0)
@@ -692,7 +696,7 @@ def stop_signals(bar):
 
 
 def finite_loss(run, cfg):
-    """Mean loss since the last evaluation; exits, before anything is saved, if the numbers went wrong."""
+    """Mean loss since the last evaluation, over all processes; exits, unsaved, if the numbers went wrong."""
     if process()[1] > 1:
         dist.all_reduce(run.loss_sum)
     loss = run.loss_sum.item() / max(1, run.loss_steps)
@@ -719,7 +723,7 @@ def train(run, cfg):
     model = compiled(run, cfg, cfg.per_task * cfg.tasks // world)
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    often = max(1, cfg.eval_every // 20)              # steps between looks at what makes the GPU wait
+    often = max(1, cfg.eval_every // 20)              # steps between looks at the loss: the GPU waits for each
     scores, stop, exit_code = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1], -1
     with tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True, mininterval=0.5,
               disable=rank > 0) as bar, stop_signals(bar) as signals:
