@@ -944,6 +944,9 @@ def main():
         claim_folder(run, cfg)
         announce(run, cfg, preset)
         exit_code = train(run, cfg)
+        if exit_code:                                 # saved; the same signal may come again from a launcher
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         if exit_code is None and rank == 0:
             report(run, cfg)
     except KeyboardInterrupt:                         # before the first step, or in the report
