@@ -677,12 +677,12 @@ def compiled(run, cfg, batch):
 
 
 @contextmanager
-def stop_signals(bar):
+def stop_signals():
     """Within, Ctrl-C and SLURM's SIGTERM are only noted, in the list given out; a second one stops at once."""
     caught = []
     def note(number, frame):
         if not caught:
-            bar.write("Finishing this step, then saving. Once more stops at once.")
+            tqdm.write("Finishing this step, then saving. Once more stops at once.")
         elif time.monotonic() > caught[0][1] + 1:     # sooner, it is the same one, passed on by torchrun too
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -725,8 +725,8 @@ def train(run, cfg):
         model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     often = max(1, cfg.eval_every // 20)              # steps between looks at the loss: the GPU waits for each
     scores, stop, exit_code = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1], -1
-    with tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True, mininterval=0.5,
-              disable=rank > 0) as bar, stop_signals(bar) as signals:
+    with stop_signals() as signals, tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True,
+                                         mininterval=0.5, disable=rank > 0) as bar:
         while (unfinished := run.step < cfg.steps and not stop) and exit_code < 0:
             factor = lr_factor(run.step, cfg.warmup, cfg.steps)
             for optimizer in run.optimizers:
@@ -944,9 +944,6 @@ def main():
         claim_folder(run, cfg)
         announce(run, cfg, preset)
         exit_code = train(run, cfg)
-        if exit_code:                                 # saved; the same signal may come again from a launcher
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
         if exit_code is None and rank == 0:
             report(run, cfg)
     except KeyboardInterrupt:                         # before the first step, or in the report
@@ -955,6 +952,9 @@ def main():
         sys.exit(f"error: {e.filename or cfg.out}: {e.strerror}")
     except torch.OutOfMemoryError:
         sys.exit("error: the GPU's memory is full; a smaller --batch, --embd or --examples needs less")
+    if exit_code:                                     # saved; the same signal may come again from a launcher
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     if world > 1:
         dist.destroy_process_group()
     if exit_code is not None:

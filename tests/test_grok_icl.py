@@ -552,9 +552,9 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     deadline = time.time() + 60
     while not (out / "metrics.csv").exists() and time.time() < deadline:
         time.sleep(0.1)
-    for _ in range(80):                                          # passed on by a launcher too: still the same one
+    for _ in range(16):                                          # passed on by a launcher too: still the same one
         process.send_signal(number)
-        time.sleep(0.01)
+        time.sleep(0.05)
     stdout = process.communicate(timeout=60)[0]
     assert process.returncode == code and f"--resume --out {out}" in stdout
     assert "Finishing this step" in stdout                       # not torn out of the middle of one
