@@ -633,13 +633,11 @@ def load_checkpoint(path):
         die(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)    # runs no foreign code
+        cfg = Config(**checkpoint["config"])
+        if {k: type(v) for k, v in checkpoint["config"].items()} != {f.name: f.type for f in fields(Config)}:
+            raise TypeError
     except Exception as e:
-        die(f"{path}: damaged, or no checkpoint of this program ({type(e).__name__})")
-    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
-    if not (isinstance(config, dict) and {"split", "model"} <= checkpoint.keys()
-            and {f.name: f.type for f in fields(Config)} == {k: type(v) for k, v in config.items()}):
-        die(f"{path}: not a checkpoint of this program, or of another version")
-    cfg = Config(**config)
+        die(f"{path}: damaged, or not a checkpoint of this version of the program ({type(e).__name__})")
     validate(replace(cfg, device="cpu", amp="off"), f"{path}: ")
     with suppress(TypeError, AttributeError, RuntimeError, ValueError, LookupError):
         if is_sound(checkpoint, cfg):
@@ -684,8 +682,7 @@ def stop_signals():
         if not caught:
             tqdm.write("Finishing this step, then saving. Once more stops at once.")
         elif time.monotonic() > caught[0][1] + 1:     # sooner, it is the same one, passed on by torchrun too
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            os._exit(128 + number)
         caught.append((number, time.monotonic()))
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -722,7 +719,7 @@ def train(run, cfg):
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
     model = compiled(run, cfg, cfg.per_task * cfg.tasks // world)
     if world > 1:
-        model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        model = nn.parallel.DistributedDataParallel(model)
     often = max(1, cfg.eval_every // 20)              # steps between looks at the loss: the GPU waits for each
     scores, stop, exit_code = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1], -1
     with stop_signals() as signals, tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True,
@@ -955,14 +952,15 @@ def main():
     if exit_code:                                     # saved; the same signal may come again from a launcher
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    if world > 1:
+    if exit_code is not None and os.path.exists(os.path.join(cfg.out, "last.pt")):
+        print(f"To go on: {'python' if world == 1 else 'torchrun ...'} grok_icl.py --resume --out "
+              f"{shlex.quote(cfg.out)}", flush=True)
+    if world > 1:                                     # else gloo's threads may crash the interpreter's winding down
         dist.destroy_process_group()
-    if exit_code is not None:
-        if os.path.exists(os.path.join(cfg.out, "last.pt")):
-            print(f"To go on: {'python' if world == 1 else 'torchrun ...'} grok_icl.py --resume --out "
-                  f"{shlex.quote(cfg.out)}")
-        sys.exit(exit_code)
+        sys.stdout.flush()
+        os._exit(exit_code or 0)
+    return exit_code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,8 +39,7 @@ def launch(argv):
     code = 1
     try:
         g.EVAL_SEQUENCES, g.REPORT_SEQUENCES = 64, 64
-        g.main()
-        code = 0
+        code = g.main() or 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
     finally:
