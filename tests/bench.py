@@ -120,8 +120,11 @@ class Stepper:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def batch(self):
+        return g.training_batch(self.tasks, self.inputs, self.cfg.per_task, self.cfg.examples, self.cfg.p, self.run.generator)
+
     def step(self, timed=False):
-        run, cfg = self.run, self.cfg
+        run = self.run
         def forward():
             with self.autocast:
                 return self.loss(self.model, batch)
@@ -130,8 +133,7 @@ class Stepper:
                 run.scaler.step(optimizer)
                 optimizer.zero_grad()
             run.scaler.update()
-        batch = self.part("batch", lambda: g.training_batch(self.tasks, self.inputs, cfg.per_task, cfg.examples,
-                                                            cfg.p, run.generator), timed)
+        batch = self.part("batch", self.batch, timed)
         loss = self.part("forward", forward, timed)
         self.part("backward", run.scaler.scale(loss).backward, timed)
         self.part("optimizer", update, timed)
@@ -168,9 +170,34 @@ def spread(values):
 # The authors' code
 # -------------------------------------------------------------------------------------------------
 
+@torch.no_grad()
+def largest_difference(ours, theirs, tokens):
+    """
+    Give the authors' model our weights; (largest difference of the logits of z, largest logit), float32.
+
+    Their rotation pairs the numbers 0 and 1, 2 and 3, ... of a head, ours the first half with the second: the
+    same model, if a head's queries and keys are put in that order.
+    """
+    def pairs(linear):
+        return linear.weight.unflatten(0, (ours.blocks[0].attention.heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    state = {"transformer.wte.weight": ours.embedding.weight, "lm_head.weight": ours.embedding.weight,
+             "transformer.ln_f.weight": ours.norm.weight, "transformer.ln_f.bias": ours.norm.bias}
+    for i, block in enumerate(ours.blocks):
+        a = block.attention
+        values = {"attn.to_qkv.weight": torch.cat((pairs(a.query), pairs(a.key), a.value.weight)),
+                  "attn.o.weight": a.out.weight, "mlp.c_fc.weight": block.mlp.up.weight,
+                  "mlp.c_proj.weight": block.mlp.down.weight, "ln_1.weight": block.norm1.weight,
+                  "ln_1.bias": block.norm1.bias, "ln_2.weight": block.norm2.weight, "ln_2.bias": block.norm2.bias}
+        state |= {f"transformer.h.{i}.{name}": value for name, value in values.items()}
+    theirs.load_state_dict(theirs.state_dict() | state)
+    a, b = ours(tokens[:, :-1]), theirs(tokens[:, :-1])[:, 1::3]
+    return (a - b).abs().max().item(), b.abs().max().item()
+
+
 def against_authors(folder, cfg, ours, rounds, block):
     """
-    Seconds a step of the authors' training loop and of ours, taken in turn: two lists.
+    largest_difference of a step's batch, and seconds a step of the authors' training loop and of ours, taken in
+    turn: two lists.
 
     Their loop asks our iterator for each batch. There we time what it did since the last one, run our
     own steps, and then time their loader making the next batch.
@@ -193,6 +220,9 @@ def against_authors(folder, cfg, ours, rounds, block):
         task_utils.generate_all_unique_sublists(args, args.n_tasks_pl), args)
     args.n_tasks, args.n_ood_tasks, args.ood_bs = len(args.tasks), 8, 8
     data, _, tokenizer = theirs.prepare_data(args, args.tasks)
+    args.vocab_size = cfg.p                                   # their tokenizer has signs besides
+    difference = largest_difference(ours.run.model, theirs.RoPETransformer(theirs.RoPEFlashAttention, args).to(device),
+                                    ours.batch())
     args.vocab_size, args.max_digits, args.dim = len(tokenizer), tokenizer.max_digits, 3 * tokenizer.max_digits
     torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo",      # their sampler asks for one
                                          store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -218,7 +248,7 @@ def against_authors(folder, cfg, ours, rounds, block):
     with tempfile.TemporaryDirectory() as temporary:
         train_utils.train_tf_icl(torch.compile(model) if device == "cuda" else model, model, in_turn(), [], [], [], None,
                                  scaler, args, torch.device(device), data_prefix=os.path.join(temporary, "x"))
-    return times[0][1:], times[1][1:]                         # the first block warms up
+    return difference, times[0][1:], times[1][1:]             # the first block warms up
 
 # -------------------------------------------------------------------------------------------------
 # The table
@@ -295,8 +325,9 @@ def main():
     for name, values in ratios.items():
         print(f"  {name:30} {spread(values)}")
     if own.authors:
-        theirs, ours = against_authors(own.authors, cfg, trained, own.rounds, block)
-        print(f"\nauthors' step {1e3 * statistics.median(theirs):,.1f} ms, ours {1e3 * statistics.median(ours):,.1f} ms, ratio "
+        (difference, largest), theirs, ours = against_authors(own.authors, cfg, trained, own.rounds, block)
+        print(f"\nauthors' model with our weights: logits up to {largest:.1f}, difference at most {difference:.1e}\n"
+              f"authors' step {1e3 * statistics.median(theirs):,.1f} ms, ours {1e3 * statistics.median(ours):,.1f} ms, ratio "
               f"{spread([a / b for a, b in zip(theirs, ours)])}")
 
 
