@@ -27,8 +27,11 @@ tasks too. A finding names the largest of all heads or layers: read it against i
 import argparse
 import csv
 import hashlib
+import io
 import json
 import os
+import sys
+import tempfile
 import textwrap
 import zipfile
 from contextlib import contextmanager, nullcontext
@@ -751,9 +754,9 @@ def read_metrics(folder):
 
 def part_curves(lab):
     """The four accuracies over training, with the step that early stopping kept."""
-    if not os.path.isdir(lab.path):
-        return {}, {}, f"{lab.path} is a single checkpoint; the curves of a training are in its run's folder."
-    history = read_metrics(lab.path)
+    if not lab.history:
+        return {}, {}, f"No metrics.csv in {lab.path}: the curves of a training are in its run's folder."
+    history = lab.history
     best = history[g.early_stopping(history, lab.cfg.patience, 1 / lab.p)[0]]
     return ({"best": best, "last": history[-1]},
             {name: np.array([row[name] for row in history]) for name in ("step",) + g.SETS},
@@ -1057,23 +1060,26 @@ def make_folder(folder):
     """The folder, made if need be; exits with one line where it can't be written to."""
     try:
         os.makedirs(folder, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        with tempfile.TemporaryFile(dir=folder):              # if it can't be, not after the work
             return folder
-        g.die(f"--out {folder}: may not be written to; name a folder that can")
     except OSError as e:
-        g.die(f"--out {folder}: can't be made ({e.strerror}); name a folder that can")
+        g.die(f"--out {folder}: can't be written to ({e.strerror}); name a folder that can")
 
 
 def earlier_parts(out, head):
     """What is in the folder from other parts of the same analysis, so that it isn't lost: (numbers, arrays)."""
+    path = os.path.join(out, "analysis.json")
     try:
-        with open(os.path.join(out, "analysis.json")) as f:
+        with open(path) as f:
             numbers = json.load(f)
         if all(numbers[name] == value for name, value in head.items()):
             with np.load(os.path.join(out, "analysis.npz")) as arrays:
                 return numbers, dict(arrays)
+    except FileNotFoundError:
+        return head, {}
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         pass
+    print(f"{path} is of another checkpoint, another base or damaged; it is replaced.")
     return head, {}
 
 
@@ -1086,9 +1092,10 @@ def written_to(out):
         g.die(f"--out {out}: {e.filename or 'a file'} can't be written ({e.strerror})")
 
 
-def save_pictures(folder, figures):
+def save_pictures(plt, folder, figures):
     for name, figure in figures.items():
         figure.savefig(os.path.join(folder, f"{name}.png"), metadata={"Software": None})
+        plt.close(figure)
 
 
 def save_json(path, content):
@@ -1098,8 +1105,7 @@ def save_json(path, content):
         if isinstance(value, (list, tuple)):
             return [clean(v) for v in value]
         return None if isinstance(value, float) and np.isnan(value) else value
-    with open(path, "w") as f:
-        json.dump(clean(content), f, indent=1, allow_nan=False)
+    g.write_file(path, json.dumps(clean(content), indent=1, allow_nan=False).encode())
 
 
 def open_lab(args):
@@ -1111,12 +1117,13 @@ def open_lab(args):
     base = (27 if cfg.p == 29 else bases[0]) if args.base is None else args.base
     if base not in bases:
         g.die(f"--base {base}: must generate the non-zero residues mod {cfg.p}: {', '.join(map(str, bases))}")
-    return SimpleNamespace(path=args.path, file=file, model=model, cfg=cfg, split=checkpoint["split"], device=device, p=cfg.p,
+    return SimpleNamespace(path=args.path, file=file, history=[], model=model, cfg=cfg, split=checkpoint["split"], device=device, p=cfg.p,
                            k=cfg.examples, blocks=range(cfg.depth), base=base,
                            orders={"multiplicative": powers(base, cfg.p), "additive": torch.arange(cfg.p)})
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="backslashreplace")         # a terminal without ± loses no work
     parser = argparse.ArgumentParser(description="Look inside a trained model.", allow_abbrev=False,
                                      usage="analyze.py RUN [part ...] | analyze.py phases DIR ...")
     parser.error = g.die
@@ -1124,7 +1131,7 @@ def main(argv=None):
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; all by default")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     parser.add_argument("--base", type=int, help="of discrete logarithms [27 for p = 29, else the smallest generator]")
-    parser.add_argument("--out", help="folder for what is written [beside the checkpoint; for phases: this one]")
+    parser.add_argument("--out", help="folder for what is written [the run's; for FILE.pt: FILE; for phases: this one]")
     args = parser.parse_intermixed_args(argv)
     if "" in (args.path, args.out, *args.parts):
         g.die("'': an empty name; name a run's folder or a checkpoint, a part, a folder for --out")
@@ -1139,39 +1146,42 @@ def main(argv=None):
             save_json(os.path.join(out, "phases.json"),
                       [{"alpha": a, "tasks": n, "phase": name} for (a, n), name in found.items()])
             if plt := pyplot():
-                save_pictures(out, draw_phases(plt, found))
+                save_pictures(plt, out, draw_phases(plt, found))
         return
     for part in args.parts:
         if part not in PARTS:
             g.die(f"{part}: no such part; there are {', '.join(PARTS)}")
     lab = open_lab(args)
-    out = make_folder(args.out or os.path.dirname(lab.file) or ".")
     parts = [part for part in PARTS if part in args.parts or not args.parts]
+    if "curves" in parts and os.path.exists(os.path.join(args.path, "metrics.csv")):
+        lab.history = read_metrics(args.path)                 # if it's damaged, not after the work
+    out = make_folder(args.out or (args.path if os.path.isdir(args.path) else os.path.splitext(args.path)[0]))
     print(f"{lab.file}: p {lab.p}, {lab.cfg.tasks} tasks, alpha {lab.cfg.alpha}, depth {lab.cfg.depth}; logarithms to "
           f"base {lab.base}; torch {torch.__version__} on {lab.device}")
     with open(lab.file, "rb") as f:
         head = {"checkpoint": lab.file, "sha256": hashlib.sha256(f.read()).hexdigest(), "base": lab.base}
     numbers, arrays = earlier_parts(out, head)
-    figures = {}
-    plt = pyplot()
+    pictures, plt = [], pyplot()
     for part in parts:
         measure, draw = PARTS[part]
         numbers[part], found, finding = measure(lab)
         numbers[part]["finding"] = finding
         arrays = {name: array for name, array in arrays.items() if not name.startswith(f"{part}/")}
         arrays |= {f"{part}/{name}": array for name, array in found.items()}
-        if plt:
-            figures |= draw(plt, lab, numbers[part], found)
+        with written_to(out):                                 # after each part, so that Ctrl-C loses but one
+            save_json(os.path.join(out, "analysis.json"), numbers)
+            np.savez_compressed(buffer := io.BytesIO(), **arrays)
+            g.write_file(os.path.join(out, "analysis.npz"), buffer.getbuffer())
+            if plt:
+                save_pictures(plt, out, figures := draw(plt, lab, numbers[part], found))
+                pictures += figures
     say("In short", "\n".join(textwrap.fill(f"{part}: {numbers[part]['finding']}", 110, subsequent_indent="    ")
                               for part in parts))
-    with written_to(out):
-        save_json(os.path.join(out, "analysis.json"), numbers)
-        np.savez_compressed(os.path.join(out, "analysis.npz"), **arrays)
-        save_pictures(out, figures)
-    if plt:
-        plt.close("all")
-    print("\nWrote analysis.json, analysis.npz" + "".join(f", {name}.png" for name in figures) + f" to {out}")
+    print("\nWrote analysis.json, analysis.npz" + "".join(f", {name}.png" for name in pictures) + f" to {out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

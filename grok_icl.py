@@ -21,8 +21,9 @@ The file reads from top to bottom:
     2. Data          tasks, splits, balanced batches
     3. Model         attention, rotary embedding, MLP, GPT
     4. Evaluation    four sets, every shot, two exact oracles
-    5. Training      optimizer, schedule, early stopping, checkpoints, the loop
-    6. Report, command line, main
+    5. Training      optimizer, schedule, early stopping, the loop
+    6. Files         checkpoints, to resume from and to look into
+    7. Report, command line, main
 """
 import argparse
 import io
@@ -110,7 +111,7 @@ PRESETS = {
 }
 
 MLP_RATIO = 4                 # MLP width / residual width
-ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1 over this
+ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
 ADAM_BETAS = (0.9, 0.98)
 MUON_ADAMW_LR = 3e-3          # under --optimizer muon, AdamW's rate for embedding and LayerNorm
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
@@ -124,8 +125,8 @@ METRICS = ("step", "lr", "loss", *(name + novel for name in SETS for novel in ("
 RUN_FILES = ("config.json", "metrics.csv", "best.pt", "last.pt")
 
 
-def process():
-    """(this process's rank, how many there are): more than one under torchrun."""
+def rank_and_world():
+    """(this process's number, how many there are): more than one under torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -133,7 +134,7 @@ def process():
 
 def die(message):
     """Refuse bad input: one line on stderr, exit code 2."""
-    if process()[0] == 0:
+    if rank_and_world()[0] == 0:
         print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
@@ -160,7 +161,7 @@ def choose_rectangles(p, n, generator):
         free[corners[:, 0], corners[:, 1]] = False
         tasks = [corners]
         for a, b in corners.tolist():
-            fits = (free[:, b, None] & free[a] & free).nonzero()     # all (a', b') that are allowed
+            fits = (free[:, b, None] & free[a] & free).nonzero()     # (a', b') with all three free
             if len(fits) == 0:
                 break
             c, d = fits[torch.randint(len(fits), (1,), generator=generator)].squeeze(0).tolist()
@@ -225,8 +226,8 @@ def training_batch(tasks, inputs, per_task, k, p, generator, lines=None):
     so what tells them apart is the z tokens. Inputs are drawn evenly, with replacement.
 
     lines (not in the paper, see --curriculum): each sequence keeps to the inputs on at most that many
-    lines through the origin. On one line any example answers any query, by Ratio Matching; with more
-    lines, the model must also find the example that does.
+    lines through the origin. On one line any example but (0, 0) answers any query, by Ratio Matching;
+    with more lines, the model must also find the example that does.
     """
     def draw(size):
         return torch.randint(len(inputs), (per_task, size), generator=generator, device=inputs.device)
@@ -276,7 +277,7 @@ def rotate(x, cos, sin):
     """
     Rotary embedding: turn each pair (u, v) of x (..., T, D) by its position's angle.
 
-    The score of a rotated query and a rotated key depends on their distance alone.
+    The score of a rotated query and key depends on their positions through the distance alone.
     """
     u, v = x.chunk(2, dim=-1)
     return torch.cat((u * cos - v * sin, u * sin + v * cos), dim=-1)
@@ -445,7 +446,7 @@ def correct(predict, tokens):
 
 
 def evaluate(predict, tokens):
-    """Accuracy (2, k) of such a function."""
+    """Accuracy (2, k), over all and over novel queries, of a function as in correct()."""
     return accuracy(correct(predict, tokens), tokens)
 
 
@@ -562,7 +563,7 @@ def start(cfg, checkpoint=None):
     if checkpoint:
         try:
             run.step, run.history, run.loss_steps = (checkpoint[k] for k in ("step", "history", "loss_steps"))
-            run.loss_sum += checkpoint["loss_sum"].to(device) * (process()[0] == 0)     # one rank holds it for all
+            run.loss_sum += checkpoint["loss_sum"].to(device) * (rank_and_world()[0] == 0)     # one rank holds it for all
             run.model.load_state_dict(checkpoint["model"])
             for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
                 load_moments(optimizer, saved["state"], run.step > 0)
@@ -575,82 +576,6 @@ def start(cfg, checkpoint=None):
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             die(f"{cfg.out}/last.pt: damaged; it doesn't fit its own config ({type(e).__name__})")
     return run
-
-
-def load_moments(optimizer, state, started):
-    """Set the running moments; ValueError where they don't fit (fused kernels would write out of bounds)."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})    # rates and decay are cfg's
-    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
-    for w in (w for group in optimizer.param_groups for w in group["params"] if started):
-        if {name: m.shape for name, m in optimizer.state[w].items()} != {
-                name: () if name == "step" else w.shape for name in names}:
-            raise ValueError
-
-
-def write_file(path, content):
-    """Write bytes under another name, then rename: whoever reads path finds the old file or the new one."""
-    if process()[0] == 0:
-        with open(path + ".tmp", "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())                      # on the disk before the old one goes
-        os.replace(path + ".tmp", path)
-
-
-def save(run, cfg, name):
-    """Write all of the run, its split and config to cfg.out/name, for torch.load(weights_only=True)."""
-    state = dict(config=asdict(cfg), split=run.split, model=run.model.state_dict(),
-                 optimizers=[o.state_dict() for o in run.optimizers], scaler=run.scaler.state_dict(),
-                 generator=run.generator.get_state(), device=run.device.type, step=run.step,
-                 history=run.history, loss_sum=run.loss_sum, loss_steps=run.loss_steps)
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_file(os.path.join(cfg.out, name), buffer.getbuffer())
-
-
-def is_sound(checkpoint, cfg):
-    """Whether split, weights and (where they are there) steps and history are what cfg makes them."""
-    split, weights, history = checkpoint["split"], checkpoint["model"], checkpoint.get("history", [])
-    counts = checkpoint.get("step", 0), checkpoint.get("loss_steps", 0)
-
-    def complete(*names):                             # each pair once: no test task or input was trained on
-        pairs = torch.cat([split[name] for name in names])
-        return (all(len(split[name]) for name in names) and pairs.dtype == torch.long
-                and sorted(pairs.tolist()) == grid(cfg.p).tolist())
-    with torch.device("meta"):                        # shapes without the memory
-        expected = GPT(cfg).state_dict()
-    return (complete("id", "val_ood", "test_ood") and complete("train_inputs", "test_inputs")
-            and len(split["id"]) == cfg.tasks and len(split) == 5
-            and {k: w.shape for k, w in weights.items()} == {k: w.shape for k, w in expected.items()}
-            and all(w.is_floating_point() and w.isfinite().all() for w in weights.values())
-            and all(type(n) is int and 0 <= n <= cfg.steps for n in counts) and isinstance(history, list)
-            and all(tuple(row) == METRICS and {int, float} >= set(map(type, row.values())) for row in history))
-
-
-def load_checkpoint(path):
-    """A checkpoint of this program, as a dict on the CPU; exits with one line on anything else."""
-    if not os.path.isfile(path):
-        die(f"{path}: no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)    # runs no foreign code
-        cfg = Config(**checkpoint["config"])
-        if {k: type(v) for k, v in checkpoint["config"].items()} != {f.name: f.type for f in fields(Config)}:
-            raise TypeError
-    except Exception as e:
-        die(f"{path}: damaged, or not a checkpoint of this version of the program ({type(e).__name__})")
-    validate(replace(cfg, device="cpu", amp="off"), f"{path}: ")
-    with suppress(TypeError, AttributeError, RuntimeError, ValueError, LookupError):
-        if is_sound(checkpoint, cfg):
-            return checkpoint
-    die(f"{path}: damaged; its weights, split or history don't fit its config")
-
-
-def load_model(checkpoint, device="cpu"):
-    """The trained GPT of a checkpoint, in evaluation mode, and its Config."""
-    cfg = Config(**checkpoint["config"])
-    model = GPT(cfg)
-    model.load_state_dict(checkpoint["model"])
-    return model.to(device).eval(), cfg
 
 
 def z_loss(model, tokens):
@@ -694,12 +619,12 @@ def stop_signals():
 
 def finite_loss(run, cfg):
     """Mean loss since the last evaluation, over all processes; exits, unsaved, if the numbers went wrong."""
-    if process()[1] > 1:
+    if rank_and_world()[1] > 1:
         dist.all_reduce(run.loss_sum)
     loss = run.loss_sum.item() / max(1, run.loss_steps)
     if not (math.isfinite(loss) and all(w.isfinite().all() for w in run.model.parameters())):
         sys.exit(f"error: by step {run.step} the loss was {loss}; it and all weights must be finite. Try a smaller "
-                 f"--lr; {cfg.out} has what was saved before" if process()[0] == 0 else 1)
+                 f"--lr; {cfg.out} has what was saved before" if rank_and_world()[0] == 0 else 1)
     return loss
 
 
@@ -713,7 +638,7 @@ def train(run, cfg):
     after Ctrl-C, 143 after SIGTERM, 0 after cfg.max_minutes.
     """
     deadline = time.monotonic() + (60 * cfg.max_minutes or math.inf)
-    device, history, (rank, world) = run.device, run.history, process()
+    device, history, (rank, world) = run.device, run.history, rank_and_world()
     tasks, inputs = run.split["id"].to(device), run.split["train_inputs"].to(device)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
@@ -721,7 +646,8 @@ def train(run, cfg):
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     often = max(1, cfg.eval_every // 20)              # steps between looks at the loss: the GPU waits for each
-    scores, stop, exit_code = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1], -1
+    scores, stop = "", early_stopping(history, cfg.patience, 1 / cfg.p)[1]
+    exit_code = -1                                    # go on
     with stop_signals() as signals, tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True,
                                          mininterval=0.5, disable=rank > 0) as bar:
         while (unfinished := run.step < cfg.steps and not stop) and exit_code < 0:
@@ -762,7 +688,8 @@ def train(run, cfg):
                 scores = ("i.d. {id_train:.2f}/{id_test:.2f} o.o.d. {val_ood_train:.2f}/{val_ood_test:.2f}"
                           .format(**row))
                 bar.write(f"step {run.step:6d}  loss {row['loss']:.3f}  {scores}")
-            exit_code = max([128 + number for number, _ in signals] + [0] * (time.monotonic() > deadline), default=-1)
+            if signals or time.monotonic() > deadline:
+                exit_code = max((128 + number for number, _ in signals), default=0)
             if world > 1:                             # all processes must leave after the same step
                 dist.all_reduce(agreed := torch.tensor(exit_code), dist.ReduceOp.MAX)
                 exit_code = agreed.item()
@@ -772,7 +699,94 @@ def train(run, cfg):
     return exit_code if unfinished else None
 
 # -------------------------------------------------------------------------------------------------
-# 6. Report, command line, main
+# 6. Files: what a run writes and reads, so that it can be killed anywhere
+# -------------------------------------------------------------------------------------------------
+
+def load_moments(optimizer, state, started):
+    """Set the running moments; ValueError where they don't fit (fused kernels would write out of bounds)."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})    # rates and decay are cfg's
+    names = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    for w in (w for group in optimizer.param_groups for w in group["params"] if started):
+        moments = optimizer.state[w]
+        if ({name: m.shape for name, m in moments.items()} != {name: () if name == "step" else w.shape for name in names}
+                or not all(m.isfinite().all() for m in moments.values())):
+            raise ValueError
+        moments.update({name: m.contiguous() for name, m in moments.items()})
+
+
+def write_file(path, content):
+    """Write bytes under another name, then rename: whoever reads path finds the old file or the new one."""
+    if rank_and_world()[0] == 0:
+        try:
+            with open(path + ".tmp", "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())                  # on the disk before the old one goes
+            os.replace(path + ".tmp", path)
+        except OSError:                               # a full disk needs the room
+            with suppress(OSError):
+                os.remove(path + ".tmp")
+            raise
+
+
+def save(run, cfg, name):
+    """Write all of the run, its split and config to cfg.out/name, for torch.load(weights_only=True)."""
+    state = dict(config=asdict(cfg), split=run.split, model=run.model.state_dict(),
+                 optimizers=[o.state_dict() for o in run.optimizers], scaler=run.scaler.state_dict(),
+                 generator=run.generator.get_state(), device=run.device.type, step=run.step,
+                 history=run.history, loss_sum=run.loss_sum, loss_steps=run.loss_steps)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(os.path.join(cfg.out, name), buffer.getbuffer())
+
+
+def is_sound(checkpoint, cfg):
+    """Whether split, weights and (where they are there) steps and history are what cfg makes them."""
+    split, weights, history = checkpoint["split"], checkpoint["model"], checkpoint.get("history", [])
+    counts, steps = [checkpoint.get(k, 0) for k in ("step", "loss_steps")], [row["step"] for row in history]
+
+    def complete(*names):                             # each pair once: no test task or input was trained on
+        pairs = torch.cat([split[name] for name in names])
+        return (all(len(split[name]) for name in names) and pairs.dtype == torch.long
+                and sorted(pairs.tolist()) == grid(cfg.p).tolist())
+    with torch.device("meta"):                        # shapes without the memory
+        expected = GPT(cfg).state_dict()
+    return (complete("id", "val_ood", "test_ood") and complete("train_inputs", "test_inputs")
+            and len(split["id"]) == cfg.tasks and len(split) == 5
+            and {k: w.shape for k, w in weights.items()} == {k: w.shape for k, w in expected.items()}
+            and all(w.is_floating_point() and w.isfinite().all() for w in weights.values())
+            and all(type(n) is int and 0 <= n <= cfg.steps for n in [*counts, *steps]) and isinstance(history, list)
+            and steps == sorted(set(steps)) and max(steps, default=0) <= counts[0]
+            and all(tuple(row) == METRICS and {int, float} >= set(map(type, row.values())) for row in history))
+
+
+def load_checkpoint(path):
+    """A checkpoint of this program, as a dict on the CPU; exits with one line on anything else."""
+    if not os.path.isfile(path):
+        die(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)    # runs no foreign code
+        cfg = Config(**checkpoint["config"])
+        if {k: type(v) for k, v in checkpoint["config"].items()} != {f.name: f.type for f in fields(Config)}:
+            raise TypeError
+    except Exception as e:
+        die(f"{path}: damaged, or not a checkpoint of this version of the program ({type(e).__name__})")
+    validate(replace(cfg, device="cpu", amp="off"), f"{path}: ")
+    with suppress(TypeError, AttributeError, RuntimeError, ValueError, LookupError):
+        if is_sound(checkpoint, cfg):
+            return checkpoint
+    die(f"{path}: damaged; its weights, split or history don't fit its config")
+
+
+def load_model(checkpoint, device="cpu"):
+    """The trained GPT of a checkpoint, and its Config."""
+    cfg = Config(**checkpoint["config"])
+    model = GPT(cfg)
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device), cfg
+
+# -------------------------------------------------------------------------------------------------
+# 7. Report, command line, main
 # -------------------------------------------------------------------------------------------------
 
 def report(run, cfg):
@@ -882,7 +896,7 @@ def validate(cfg, where=""):
     need(cfg.embd % (2 * cfg.heads) == 0, "embd", f"must be a multiple of {2 * cfg.heads}: "
          f"{cfg.heads} heads, each of even width for the rotation")
     need(cfg.batch >= cfg.tasks, "batch", f"must be at least --tasks ({cfg.tasks})")
-    world = process()[1]
+    world = rank_and_world()[1]
     need(cfg.per_task * cfg.tasks % world == 0, "batch",
          f"must be, rounded up to a multiple of --tasks, a multiple of the {world} processes")
     need(cfg.steps > cfg.warmup, "steps", f"must be above --warmup ({cfg.warmup})")
@@ -892,7 +906,7 @@ def validate(cfg, where=""):
 
 
 def default_out(cfg, base, preset):
-    """out/<what makes this run different from others>, so that two settings never share a folder."""
+    """out/<what makes this run different from others>, so that other weights or batches get another folder."""
     always = ["depth", "tasks", "seed"]
     names = always + [f.name for f in fields(Config) if f.metadata["group"] != "run"
                       and f.name not in always and getattr(cfg, f.name) != getattr(base, f.name)]
@@ -927,8 +941,9 @@ def announce(run, cfg, preset):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")          # a terminal without é ends no run
     cfg, preset, checkpoint = parse_config()
-    rank, world = process()
+    rank, world = rank_and_world()
     try:
         if world > 1:
             if torch.cuda.is_available():
@@ -947,8 +962,10 @@ def main():
         exit_code = 130
     except OSError as e:                              # a full disk, a folder that is gone
         sys.exit(f"error: {e.filename or cfg.out}: {e.strerror}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full; a smaller --batch, --embd or --examples needs less")
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        sys.exit("error: the memory is full; a smaller --batch, --embd or --examples needs less")
     if exit_code:                                     # saved; the same signal may come again from a launcher
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)

@@ -255,13 +255,16 @@ def against_authors(folder, cfg, ours, rounds, block):
 # -------------------------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description="Time a training step; takes the flags of grok_icl.py as well.")
+    parser = argparse.ArgumentParser(description="Time a training step; takes the flags of grok_icl.py as well.",
+                                     allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=10, help="how often each variant takes its turn [10]")
     parser.add_argument("--authors", metavar="DIR", help="a copy of the authors' code, to run beside ours")
     parser.error = g.die
     own, rest = parser.parse_known_args()
     if own.rounds < 1:
         g.die(f"--rounds {own.rounds}: must be at least 1")
+    if own.authors is not None and not os.path.isfile(os.path.join(own.authors, "pre_training", "icl_grokking.py")):
+        g.die(f"--authors {own.authors or repr('')}: must be a copy of their repository, with pre_training/icl_grokking.py")
     with tempfile.TemporaryDirectory() as temporary:          # never made: nothing is written
         cfg, _, _ = g.parse_config([*rest, "--out", os.path.join(temporary, "run")])
     on_gpu = g.pick_device(cfg.device).type == "cuda"

@@ -93,7 +93,10 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.error = g.die
     args = parser.parse_args()
+    if args.kills < 1:
+        g.die(f"--kills {args.kills}: must be at least 1")
     rng, kills, writing, runs, equal = random.Random(args.seed), 0, 0, 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         untouched = os.path.join(temporary, "untouched")

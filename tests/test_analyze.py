@@ -416,10 +416,10 @@ def test_everything_on_a_run(tiny_run, tmp_path, monkeypatch, capsys, pictures):
     assert again["causal"] == numbers["causal"] and again["skills"] == numbers["skills"]
 
 
-def test_parts_of_one_checkpoint_come_together(tiny_run, tmp_path, monkeypatch):
-    """What other parts found stays; what another checkpoint's analysis found does not."""
-    def kept():
-        return set(json.loads((tmp_path / "analysis.json").read_text())) & set(a.PARTS)
+def test_parts_of_one_checkpoint_come_together(tiny_run, tmp_path, monkeypatch, capsys):
+    """What other parts found stays; what another checkpoint's analysis found does not, and that is said."""
+    def kept(folder=tmp_path):
+        return set(json.loads((folder / "analysis.json").read_text())) & set(a.PARTS)
     monkeypatch.setattr(g, "REPORT_SEQUENCES", 64), monkeypatch.setattr(a, "SEQUENCES", 32)
     for parts in (["shots"], ["--out", str(tmp_path), "attention"]):         # a part may follow a flag
         a.main([str(tiny_run), "--out", str(tmp_path), *parts])
@@ -428,11 +428,19 @@ def test_parts_of_one_checkpoint_come_together(tiny_run, tmp_path, monkeypatch):
     checkpoint = torch.load(tiny_run / "best.pt", weights_only=True)
     checkpoint["model"]["norm.weight"] *= 2
     torch.save(checkpoint, tmp_path / "other.pt")
+    assert "replaced" not in capsys.readouterr().out
     a.main([str(tmp_path / "other.pt"), "shots", "--out", str(tmp_path)])
-    assert kept() == {"shots"}
+    assert kept() == {"shots"} and "replaced" in capsys.readouterr().out
     (tmp_path / "analysis.json").write_text("broken")
     a.main([str(tmp_path / "other.pt"), "shots", "--out", str(tmp_path)])
-    assert kept() == {"shots"}
+    assert kept() == {"shots"} and "replaced" in capsys.readouterr().out
+
+    def interrupted(lab):
+        raise KeyboardInterrupt
+    monkeypatch.setitem(a.PARTS, "attention", (interrupted, None))
+    with pytest.raises(KeyboardInterrupt):                                   # what was done is kept
+        a.main([str(tmp_path / "other.pt"), "shots", "attention"])
+    assert kept(tmp_path / "other") == {"shots"}                             # by default a folder of the file's name
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -442,7 +450,7 @@ def test_parts_of_one_checkpoint_come_together(tiny_run, tmp_path, monkeypatch):
     (["nowhere"], ["nowhere", "no such checkpoint"]),
     (["empty"], ["best.pt", "no such checkpoint"]),
     (["truncated.pt"], ["truncated.pt", "damaged"]),
-    (["foreign.pt"], ["foreign.pt", "not a checkpoint of this program"]),
+    (["foreign.pt"], ["foreign.pt", "not a checkpoint of this version"]),
     (["shapes.pt"], ["shapes.pt", "fit"]),
     (["empty_set.pt"], ["empty_set.pt", "split"]),
     (["nan.pt"], ["nan.pt", "fit"]),
@@ -460,12 +468,17 @@ def test_parts_of_one_checkpoint_come_together(tiny_run, tmp_path, monkeypatch):
     (["phases", "nowhere"], ["nowhere"]),
     (["phases", "empty"], ["empty", "no run"]),
     (["phases", "broken"], ["metrics.csv"]),
+    (["damaged", "shots", "curves"], ["damaged/metrics.csv"]),               # before any work
+    (["RUN", "--out", "/proc"], ["--out /proc"]),
 ])
 def test_bad_input_is_refused_in_one_line(argv, words, tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("broken").mkdir()
     Path("broken/metrics.csv").write_text("step,loss\n1,x\n")
+    Path("damaged").mkdir()
+    Path("damaged/metrics.csv").write_text("step,loss\n1,x\n")
+    Path("damaged/best.pt").write_bytes((tiny_run / "best.pt").read_bytes())
     Path("truncated.pt").write_bytes((tiny_run / "best.pt").read_bytes()[:500])
     torch.save({"weights": torch.zeros(3)}, "foreign.pt")
     checkpoint = torch.load(tiny_run / "best.pt", weights_only=True)

@@ -541,6 +541,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_files(tmp_path, monkeypatch):
                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
     assert full.returncode == 1 and len(one_error(full.stderr)) == 1 and str(tmp_path) in full.stderr
     assert all((tmp_path / name).read_bytes() == before[name] for name in ("last.pt", "best.pt"))
+    assert not list(tmp_path.glob("*.tmp"))                      # the disk is full enough
     assert run(["--resume", "--out", str(tmp_path)]).returncode == 0
 
 
@@ -728,6 +729,10 @@ MUTATIONS = {
         (c["split"]["id"][4:], c["split"]["val_ood"]))),
     "columns in another order": lambda c: c["history"].append(dict(reversed(c["history"].pop().items()))),
     "a moment of another shape": put(*MOMENT, value=torch.zeros(3)), "text for a moment": put(*MOMENT, value="x"),
+    "moments that are no numbers": lambda c: c["optimizers"][0]["state"][0]["exp_avg"].fill_(math.nan),
+    "sparse moments": lambda c: c["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(5, 16).to_sparse()),
+    "rows that go back": lambda c: c["history"].append(c["history"][0]),
+    "rows beyond the step": put("history", 0, "step", value=8),
     "a moment too few": put(*MOMENT, value=None), "no moments": put("optimizers", 0, "state", value={}),
     "no optimizers": put("optimizers", value=None), "an optimizer too few": put("optimizers", value=[]),
     "no generator": put("generator", value=None), "half a generator": put("generator", value=torch.zeros(5, dtype=torch.uint8)),
