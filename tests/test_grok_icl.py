@@ -771,6 +771,15 @@ def test_bad_checkpoints_are_refused(kind, half_a_run, tmp_path, monkeypatch, ca
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
+def test_moments_that_share_one_number_get_memory_of_their_own(half_a_run):
+    """torch.save keeps such views, and a fused optimizer writes past their end."""
+    checkpoint = torch.load(io.BytesIO(half_a_run[0]), weights_only=True)
+    moments = checkpoint["optimizers"][0]["state"][0]
+    moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
+    run = g.start(g.Config(**checkpoint["config"]), checkpoint)
+    assert all(m.is_contiguous() for o in run.optimizers for state in o.state.values() for m in state.values())
+
+
 def test_a_folder_with_somebody_elses_config_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(SystemExit) as stop:
