@@ -566,7 +566,8 @@ def start(cfg, checkpoint=None):
             run.loss_sum += checkpoint["loss_sum"].to(device) * (rank_and_world()[0] == 0)     # one rank holds it for all
             run.model.load_state_dict(checkpoint["model"])
             for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
-                load_moments(optimizer, saved["state"], run.step > 0)
+                skipped = checkpoint["scaler"] and not saved["state"]        # float16: all steps so far
+                load_moments(optimizer, saved["state"], run.step > 0 and not skipped)
             if checkpoint["scaler"]:
                 run.scaler.load_state_dict(checkpoint["scaler"])
             if checkpoint["device"] == device.type:

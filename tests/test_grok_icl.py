@@ -468,6 +468,27 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, o
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_skips_steps_that_overflow_and_goes_on(tmp_path, monkeypatch, optimizer):
+    """Also when stopped, and resumed, before the loss scale has come down and any step was taken. On a CPU."""
+    real = g.mixed_precision
+    def too_large(cfg, device):
+        autocast, scaler = real(cfg, device)
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0 ** 22})
+        return autocast, scaler
+    monkeypatch.setattr(g, "mixed_precision", too_large)
+    whole, parts = (tiny(optimizer=optimizer, amp="fp16", out=str(tmp_path / name)) for name in ("whole", "parts"))
+    assert trained(whole) is None and interrupted(parts, 2, monkeypatch) == 130
+    a, b = (g.load_checkpoint(f"{cfg.out}/last.pt") for cfg in (whole, parts))
+    fresh = g.start(whole).model.state_dict()
+    assert all(torch.equal(b["model"][name], w) for name, w in fresh.items())          # both steps were skipped
+    assert not any(torch.equal(a["model"][name], w) for name, w in fresh.items() if w.ndim == 2)
+    assert a["scaler"]["scale"] < b["scaler"]["scale"] == 2.0 ** 20
+    assert g.train(g.start(parts, b), parts) is None
+    b = g.load_checkpoint(f"{parts.out}/last.pt")
+    assert a["history"] == b["history"] and all(torch.equal(a["model"][name], w) for name, w in b["model"].items())
+
+
 def test_training_keeps_what_it_promises(tmp_path):
     """As a user would: train, read the files, run again, resume, interrupt."""
     out = tmp_path / "run"
