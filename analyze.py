@@ -4,7 +4,7 @@ Look inside a model that grok_icl.py trained: which algorithm did it learn, wher
     python analyze.py out/RUN                    everything, for the run's best checkpoint
     python analyze.py assets/laptop.pt           the same for a single file
     python analyze.py out/RUN skills causal      some parts only
-    python analyze.py phases out/SWEEP/*         many runs: which phase has which (tasks, alpha)
+    python analyze.py phases out/SWEEP           many runs: which phase has which (tasks, alpha)
 
 The second half of He, Doshi, Das, Gromov (NeurIPS 2024), with a number under every picture, and beside
 it what chance, random order or an oracle would give:

@@ -281,7 +281,7 @@ def main():
                 "fused attention": dict(change=partial(with_class, old=g.Attention, new=FusedAttention))}
     if compiled:
         variants["not compiled"] = dict(compiled=False)
-    if on_gpu and cfg.amp != "off":
+    if cfg.amp not in ("auto", "off") or on_gpu and cfg.amp == "auto":
         variants["float32"] = dict(autocast=False)
     variants = {name: Stepper(cfg, **{"compiled": compiled, **change}) for name, change in variants.items()}
 
