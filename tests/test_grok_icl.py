@@ -583,6 +583,20 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     assert torch.load(out / "last.pt", weights_only=True)["step"] > 0
 
 
+def test_a_second_signal_stops_at_once_unless_it_is_the_same_one(monkeypatch):
+    left, now = [], [100.0]
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(g.time, "monotonic", lambda: now[0])
+    with g.stop_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] += 0.5                                             # torchrun passes it on
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not left and [number for number, _ in caught] == [signal.SIGTERM] * 2
+        now[0] += 2
+        os.kill(os.getpid(), signal.SIGINT)
+        assert left == [130]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
 def test_a_killed_run_is_resumed_as_if_nothing_had_been():
     done = run(["--kills", "4"], program=[str(ROOT / "tests" / "kill.py")])
