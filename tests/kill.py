@@ -24,7 +24,7 @@ import grok_icl as g  # noqa: E402
 
 torch.set_num_threads(1)
 FLAGS = ("--p 5 --tasks 8 --alpha 0.8 --examples 4 --depth 2 --heads 2 --embd 16 --init-std 0.1 --lr 0.01 --wd 0.1 "
-         "--batch 16 --steps 60 --warmup 2 --eval-every 3 --patience 4 --device cpu --optimizer muon").split()
+         "--batch 16 --steps 60 --warmup 2 --eval-every 3 --patience 4 --device cpu").split()
 
 
 def launch(argv):
@@ -40,8 +40,6 @@ def launch(argv):
     try:
         g.EVAL_SEQUENCES, g.REPORT_SEQUENCES = 64, 64
         code = g.main() or 0
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 1
     finally:
         os._exit(code)
 
@@ -62,7 +60,7 @@ def files(folder):
     kept = []
     for name in ("last.pt", "best.pt"):
         path = os.path.join(folder, name)
-        kept.append(g.load_checkpoint(path) if os.path.exists(path) else None)
+        kept.append(g.load_checkpoint(path)[0] if os.path.exists(path) else None)
         if kept[-1]:
             kept[-1]["config"]["out"] = ""
     path = os.path.join(folder, "metrics.csv")
@@ -93,10 +91,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.error = g.die
     args = parser.parse_args()
-    if args.kills < 1:
-        g.die(f"--kills {args.kills}: must be at least 1")
     rng, kills, writing, runs, equal = random.Random(args.seed), 0, 0, 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         untouched = os.path.join(temporary, "untouched")

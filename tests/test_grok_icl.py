@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 import math
 import os
 import signal
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ import grok_icl as g  # noqa: E402
 
 torch.set_num_threads(1)          # tiny tensors: a second thread only waits for the first
 
-TINY = dict(p=5, tasks=8, alpha=0.8, examples=4, depth=2, heads=2, embd=16, init_std=0.1, lr=0.01,
-            wd=0.1, batch=16, steps=12, warmup=2, eval_every=4, patience=0, device="cpu")
+TINY = dict(p=5, tasks=8, alpha=0.8, examples=10, depth=2, heads=2, embd=16, init_std=0.1, lr=0.01,
+            wd=0.1, batch=16, steps=12, warmup=2, eval_every=4, patience=0, device="cpu", amp="off")
 TINY_FLAGS = [word for k, v in TINY.items() for word in (f"--{k.replace('_', '-')}", str(v))]
 
 
@@ -86,15 +86,14 @@ def test_rectangles_are_rectangles(p, n):
 
 
 @pytest.mark.parametrize("p, n", [(29, 840), (7, 48)])
-def test_rectangles_that_do_not_fit_are_refused(p, n, capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_rectangles_that_do_not_fit_are_refused(p, n):
+    with pytest.raises(ValueError, match="--task-choice random"):
         g.choose_rectangles(p, n, torch.Generator().manual_seed(0))
-    assert stop.value.code == 2 and "--task-choice random" in capsys.readouterr().err
 
 
 def test_evaluation_draws_other_sequences_than_training(tmp_path, monkeypatch):
     """Were their seeds the same, the i.d. train set would hold the first training batches."""
-    cfg = tiny(p=29, tasks=16, examples=8, steps=40, eval_every=40, out=str(tmp_path))
+    cfg = tiny(p=29, tasks=16, examples=8, steps=40, eval_every=40, out=str(tmp_path), curriculum="off")
     seen, evaluated = set(), set()
     batch, evaluate = g.training_batch, g.evaluate
     monkeypatch.setattr(g, "training_batch", lambda *a: [b := batch(*a), seen.update(rows(b))][0])
@@ -109,27 +108,34 @@ def test_seed_decides_the_split():
     assert not all(torch.equal(first[k], other[k]) for k in first)
 
 
-def test_batches_are_balanced_and_share_their_inputs():
-    p, k, per_task = 7, 5, 3
-    split = g.make_split(tiny(p=p, tasks=12))
-    batch = g.training_batch(split["id"], split["train_inputs"], per_task, k, p,
-                             torch.Generator().manual_seed(0))
-    assert batch.shape == (12 * per_task, 3 * k)
-    sequences = batch.unflatten(1, (k, 3)).unflatten(0, (12, per_task))       # (task, sequence, k, 3)
+def batch_of(cfg, lines, inputs=None, seed=0):
+    """(split, a training batch as (task, sequence, k, 3)), over all inputs to train on or those given."""
+    split = g.make_split(cfg)
+    if inputs is not None:
+        split["train_inputs"] = inputs
+    line = g.line_of(split["train_inputs"], cfg.p)
+    batch = g.training_batch(split, line, cfg, lines, torch.Generator().manual_seed(seed))
+    return split, batch.unflatten(1, (-1, 3)).unflatten(0, (cfg.tasks, cfg.per_task))
+
+
+@pytest.mark.parametrize("inputs", ["own", "shared"])
+def test_batches_are_balanced_and_share_their_inputs_or_not(inputs):
+    cfg = tiny(p=7, tasks=12, batch=36, examples=5, inputs=inputs)
+    split, sequences = batch_of(cfg, lines=8)
+    assert sequences.shape == (12, 3, 5, 3)
     assert set(rows(sequences[..., :2].flatten(0, 2))) <= set(rows(split["train_inputs"]))
     for (a, b), of_task in zip(rows(split["id"]), sequences):
         x, y, z = of_task.unbind(-1)
-        assert torch.equal(z, (a * x + b * y) % p)
-        assert torch.equal(of_task[..., :2], sequences[0, ..., :2])           # shared across tasks
-    assert not torch.equal(sequences[0, 0], sequences[0, 1])                  # but not within one
+        assert torch.equal(z, (a * x + b * y) % 7)
+    different = {tuple(sequence.flatten().tolist()) for sequence in sequences[..., :2].flatten(0, 1)}
+    assert len(different) == (36 if inputs == "own" else 3)
 
 
 def test_every_training_input_is_drawn_evenly():
-    inputs = g.grid(3)
-    batch = g.training_batch(torch.tensor([(1, 0)]), inputs, 3000, 3, 3, torch.Generator().manual_seed(0))
-    xy = batch.unflatten(1, (3, 3))[..., :2].flatten(0, 1)
-    counts = torch.bincount(xy[:, 0] * 3 + xy[:, 1], minlength=9)             # 1000 expected, sd 30
-    assert counts.min() > 850 and counts.max() < 1150
+    _, sequences = batch_of(tiny(p=3, tasks=4, batch=12_000, examples=3), 4, g.grid(3))
+    xy = sequences[..., :2].flatten(0, 2)
+    counts = torch.bincount(xy[:, 0] * 3 + xy[:, 1], minlength=9)             # 4000 expected, sd 60
+    assert counts.min() > 3700 and counts.max() < 4300
 
 
 def test_lines_go_through_the_origin():
@@ -141,21 +147,41 @@ def test_lines_go_through_the_origin():
             assert (line[x, y] == line[u, v]) == any((c * x % p, c * y % p) == (u, v) for c in range(p))
 
 
+@pytest.mark.parametrize("inputs", ["own", "shared"])
 @pytest.mark.parametrize("lines", [1, 2, 5])
-def test_curriculum_keeps_each_sequence_to_few_lines(lines):
-    p, inputs = 7, g.grid(7)[5:40]
-    batch = g.training_batch(torch.tensor([(3, 1)]), inputs, 500, 12, p,
-                             torch.Generator().manual_seed(0), lines)
-    xy = batch.unflatten(1, (12, 3))[..., :2]
-    assert set(rows(xy.flatten(0, 1))) == set(rows(inputs))                  # over sequences, all of them
-    used = [set(g.line_of(sequence, p).tolist()) for sequence in xy]
+def test_curriculum_keeps_each_sequence_to_few_lines(lines, inputs):
+    p, some = 7, g.grid(7)[5:40]
+    cfg = tiny(p=p, tasks=12, batch=1200, examples=24, inputs=inputs)
+    _, sequences = batch_of(cfg, lines, some)
+    assert sequences.size(2) == min(24, 8 * lines)                           # few lines, few examples
+    xy = sequences[..., :2].flatten(0, 1)
+    assert set(rows(xy.flatten(0, 1))) == set(rows(some))                    # over sequences, all of them
+    used = [frozenset(g.line_of(sequence, p).tolist()) for sequence in xy]
     assert max(map(len, used)) == lines
+    if lines == 1:                                                           # a line of their own each
+        first = {line for task in range(12) for line in used[100 * task:100 * task + 1]}
+        assert (len(first) == 1) == (inputs == "shared")
 
 
-def test_curriculum_grows_from_one_line_to_all():
-    cfg = tiny(p=7, curriculum=600)
-    assert [g.curriculum_lines(s, cfg) for s in (0, 199, 200, 400, 599, 600)] == [1, 1, 2, 4, 7, None]
-    assert g.curriculum_lines(0, tiny(curriculum=0)) is None                 # the paper: none
+def paced(share, looks, lines=1, p=5):
+    """The number of lines after each look at batches of which that share is answered right."""
+    cfg, run, seen = tiny(p=p), SimpleNamespace(lines=lines, mastery=0.0), []
+    tokens = torch.zeros(100, 6, dtype=torch.long)
+    tokens[:, 0::3], tokens[:, 2::3] = 1, 3                                  # 1 0 3 1 0 3: a copy
+    answers = torch.full((100, 2), 3)
+    answers[:, 0] = 0                                                        # which it couldn't know
+    answers[round(100 * share):, 1] = 0
+    for _ in range(looks):
+        g.pace(run, cfg, F.one_hot(answers, p).float(), tokens)
+        seen.append(run.lines)
+    return seen
+
+
+def test_the_curriculum_paces_itself():
+    """1 - 0.7 ** n passes 0.85 at n = 6; then it starts anew, and ends with all lines."""
+    assert paced(1.0, 19) == [1] * 5 + [2] * 6 + [4] * 6 + [6] * 2
+    assert paced(0.84, 50) == [1] * 50                                       # never mastered
+    assert paced(0.87, 50)[-1] > 1
 
 
 def test_evaluation_sets_hold_what_their_names_say():
@@ -199,30 +225,17 @@ def test_rotary_scores_depend_on_distance_alone():
 @pytest.mark.parametrize("at", [slice(None), slice(1, None, 3)])
 def test_attention_equals_torchs_own(at):
     model, tokens = model_and_tokens()
-    layer, x = model.blocks[0].attention, model.embedding(tokens)
-    T, noted = x.size(1), {}
-    ours = layer(x, tokens, (model.cos[:T], model.sin[:T]), model.future[:T, :T], at, noted.__setitem__)
+    layer, x, weights = model.blocks[0].attention, model.embedding(tokens), []
+    T = x.size(1)
+    layer.softmax.register_forward_hook(lambda module, args, output: weights.append(output))
+    ours = layer(x, at)
 
     def heads(linear):
         return linear(x).view(len(x), T, 2, 8).transpose(1, 2)
-    q, k = (g.rotate(heads(w), model.cos[:T], model.sin[:T]) for w in (layer.query, layer.key))
+    q, k = (g.rotate(heads(w), layer.cos[:T], layer.sin[:T]) for w in (layer.query, layer.key))
     theirs = F.scaled_dot_product_attention(q, k, heads(layer.value), is_causal=True)
     torch.testing.assert_close(ours, layer.out(theirs.transpose(1, 2).flatten(2))[:, at])
-    torch.testing.assert_close(noted["heads"], theirs[:, :, at])
-    torch.testing.assert_close(noted["attention"].sum(-1), torch.ones(noted["attention"].shape[:-1]))
-
-
-@pytest.mark.parametrize("at", [slice(None), slice(1, None, 3)])
-def test_one_row_a_residue_is_as_good_as_one_a_position(at):
-    """The first block's shortcut: same output, same gradient of the embedding."""
-    model, tokens = model_and_tokens()
-    T, outs, grads = tokens.size(1), [], []
-    for x in (model.embedding.weight, model.embedding(tokens)):
-        outs.append(model.blocks[0].attention(x, tokens, (model.cos[:T], model.sin[:T]),
-                                              model.future[:T, :T], at, lambda *_: None))
-        grads.append(torch.autograd.grad(outs[-1].square().sum(), model.embedding.weight)[0])
-    torch.testing.assert_close(*outs)
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(weights[0] @ heads(layer.value), theirs[:, :, at])
 
 
 def test_no_prediction_sees_its_answer_or_anything_later():
@@ -252,51 +265,33 @@ def test_last_block_shortcut_is_exact(depth):
         torch.testing.assert_close(a, w.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_the_record_is_what_the_model_computed_and_changes_nothing():
-    model, tokens = model_and_tokens()
-    record = {}
-    logits = model(tokens, record, everywhere=True)
-    assert torch.equal(logits, model(tokens, everywhere=True))
-    B, T = tokens.shape
-    shapes = {"attention": (B, 2, T, T), "heads": (B, 2, T, 8), "neurons": (B, T, 64), "residual": (B, T, 16)}
-    for block in (0, 1):
-        assert {n: record[f"{block}.{n}"].shape for n in shapes} == shapes
-    # rebuild the residual stream from heads and neurons
-    x = record["embedding"]
-    for i, block in enumerate(model.blocks):
-        x = x + record[f"{i}.heads"].transpose(1, 2).flatten(2) @ block.attention.out.weight.T
-        x = x + record[f"{i}.neurons"] @ block.mlp.down.weight.T
-        torch.testing.assert_close(x, record[f"{i}.residual"])
-    torch.testing.assert_close(model.norm(x) @ model.embedding.weight.T, logits)
-
-
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_the_benchmark_counts_what_torch_counts(depth):
     cfg = tiny(p=7, examples=6, depth=depth)
     tokens = random_tokens(7, 6, 16)
     with FlopCounterMode(display=False) as counted:
-        g.z_loss(g.GPT(cfg), tokens).backward()
-    assert bench.operations(cfg, 16) == counted.get_total_flops()
+        bench.z_loss(g.GPT(cfg), tokens).backward()
+    assert bench.operations(cfg, 16, 6) == counted.get_total_flops()
 
 
 def test_the_benchmarks_variants_compute_the_same():
     model, _ = model_and_tokens()
     tokens = random_tokens(7, 5, 6)
-    losses = [g.z_loss(model, tokens), bench.everywhere_loss(model, tokens)] + [
-        g.z_loss(bench.with_class(model, old, new), tokens)
-        for old, new in ((g.Attention, bench.FusedAttention), (g.Block, bench.EveryRow))]
-    torch.testing.assert_close(torch.stack(losses), losses[0].expand(4))
+    losses = [bench.z_loss(model, tokens), bench.everywhere_loss(model, tokens),
+              bench.z_loss(bench.with_fused_attention(model), tokens)]
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(3))
 
 
 def test_initial_weights():
     torch.manual_seed(0)
-    model = g.GPT(g.Config(p=29, depth=2))
+    model = g.GPT(g.Config(**g.PRESETS["paper"]))
     for name, w in model.named_parameters():
         if w.ndim == 2:
             expected = 0.02 / (math.sqrt(4) if "mlp.down" in name else 1)
             assert abs(w.std().item() / expected - 1) < 0.05, name
     # 2 blocks of 12 d^2, the embedding, and 5 LayerNorms: no biases, no separate read-out
     assert sum(w.numel() for w in model.parameters()) == 24 * 512 ** 2 + 29 * 512 + 5 * 2 * 512
+    assert abs(g.GPT(g.Config(embd=64)).embedding.weight.std().item() * 8 - 1) < 0.1
 
 # -------------------------------------------------------------------------------------------------
 # Evaluation
@@ -363,11 +358,10 @@ def test_correct_answers_are_counted_in_integers():
     assert g.accuracy(hits, tokens).tolist() == [[69_999 / 70_000] * 2] * 2
 
 
-def test_no_novel_query_is_nan_and_not_good():
+def test_no_novel_query_is_nan():
     tokens = torch.zeros(4, 6, dtype=torch.long)
     score = g.accuracy(torch.ones(4, 2, dtype=torch.bool), tokens)
     assert score[0].tolist() == [1, 1] and score[1, 0] == 1 and math.isnan(score[1, 1])
-    assert not score[1, 1] >= g.PHASE_THRESHOLD
 
 
 @pytest.mark.parametrize("good, name", [("1000", "in-distribution memorization"),
@@ -375,7 +369,11 @@ def test_no_novel_query_is_nan_and_not_good():
                                         ("1010", "o.o.d. memorization"), ("1111", "o.o.d. generalization"),
                                         ("1110", "none of the paper's")])
 def test_phases_follow_the_papers_table(good, name):
-    assert g.phase([c == "1" for c in good]) == name
+    """Halfway from chance, 0.2, to a Ratio Matcher's 0.6 or 0.8 is 0.4 or 0.5; nan is never good."""
+    ratio = [0.6, 0.8, 0.6, 0.8]
+    for above, below in ((0.01, 0.01), (0.3, math.nan)):
+        model = [(0.2 + r) / 2 + (above if c == "1" else -below) for c, r in zip(good, ratio)]
+        assert g.phase(model, ratio, 5) == name
 
 # -------------------------------------------------------------------------------------------------
 # Training
@@ -389,18 +387,18 @@ def test_schedule_at_its_corners():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_decay_groups(optimizer):
-    cfg = tiny(optimizer=optimizer, wd=1.5, lr=0.03)
+    cfg = tiny(optimizer=optimizer, wd=1.5, lr=0.03, embd_lr=0.002)
     model = g.GPT(cfg)
     optimizers = g.make_optimizers(model, cfg)
     names = {id(w): n for n, w in model.named_parameters()}
-    groups = {names[id(w)]: (type(o).__name__, group["weight_decay"], group["lr"])
+    groups = {names[id(w)]: (type(o).__name__, group["weight_decay"], group["peak_lr"])
               for o in optimizers for group in o.param_groups for w in group["params"]}
     assert groups.keys() == set(names.values())
     for name, (kind, decay, lr) in groups.items():
-        assert decay == (0 if "norm" in name else 1.5)
         matrix = "norm" not in name and name != "embedding.weight"
+        assert decay == (0 if "norm" in name else 1.5)
         assert kind == ("Muon" if matrix and optimizer == "muon" else "AdamW")
-        assert lr == (g.MUON_ADAMW_LR if optimizer == "muon" and not matrix else 0.03)
+        assert lr == (0.03 if matrix else 0.002)
 
 
 def stop_at(curve, patience=3, chance=0.1):
@@ -429,35 +427,40 @@ def run(argv, program=[str(ROOT / "grok_icl.py")], **kwargs):
 
 def trained(cfg):
     run = g.start(cfg)
-    g.claim_folder(run, cfg)
+    os.makedirs(cfg.out, exist_ok=True)
+    g.save(run, cfg, "last.pt")
     return g.train(run, cfg)
 
 
 def interrupted(cfg, step, monkeypatch):
     """Train, and get Ctrl-C within that step."""
-    calls, batch = [], g.training_batch
+    signals, batch = [], g.training_batch
+    calls = itertools.count(1)
+
     def interrupting(*args):
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), signal.SIGINT)
+        if next(calls) == step:
+            signals.append(signal.SIGINT)
         return batch(*args)
     with monkeypatch.context() as patch:
         patch.setattr(g, "training_batch", interrupting)
-        return trained(cfg)
+        run = g.start(cfg)
+        os.makedirs(cfg.out, exist_ok=True)
+        return g.train(run, cfg, signals)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, optimizer):
-    flags = ["--optimizer", optimizer]
+@pytest.mark.parametrize("changes", [dict(optimizer="adamw"), dict(amp="bf16"), dict(inputs="shared", curriculum="off")])
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(g, "MASTERED", 0.05)                     # so that the number of lines changes too
+    monkeypatch.setattr(g, "PACE_EVERY", 3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    trained(tiny(optimizer=optimizer, out=str(whole)))
+    trained(tiny(**changes, out=str(whole)))
 
-    assert interrupted(tiny(optimizer=optimizer, out=str(parts)), 6, monkeypatch) == 130
+    assert interrupted(tiny(**changes, out=str(parts)), 6, monkeypatch) == 130
     for step in (6, 7, 8):                                       # then in pieces of a step, at 8 an evaluation
         assert torch.load(parts / "last.pt", weights_only=True)["step"] == step
-        cfg, _, checkpoint = g.parse_config(["--resume", "--out", str(parts), "--max-minutes", "1e-9"])
+        cfg, checkpoint = g.parse_config(["--resume", "--out", str(parts), "--max-minutes", "1e-9"])
         assert g.train(g.start(cfg, checkpoint), cfg) == 0
-    cfg, _, checkpoint = g.parse_config(["--resume", "--out", str(parts), "--max-minutes", "0"])
+    cfg, checkpoint = g.parse_config(["--resume", "--out", str(parts), "--max-minutes", "0"])
     assert g.train(g.start(cfg, checkpoint), cfg) is None
 
     assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
@@ -466,6 +469,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, o
         assert a.pop("device") == b.pop("device") == "cpu"
         assert {**a.pop("config"), "out": ""} == {**b.pop("config"), "out": ""}
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert len({row["lines"] for row in a["history"]}) > 1 or changes.get("curriculum") == "off"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -479,13 +483,13 @@ def test_float16_skips_steps_that_overflow_and_goes_on(tmp_path, monkeypatch, op
     monkeypatch.setattr(g, "mixed_precision", too_large)
     whole, parts = (tiny(optimizer=optimizer, amp="fp16", out=str(tmp_path / name)) for name in ("whole", "parts"))
     assert trained(whole) is None and interrupted(parts, 2, monkeypatch) == 130
-    a, b = (g.load_checkpoint(f"{cfg.out}/last.pt") for cfg in (whole, parts))
+    a, b = (g.load_checkpoint(f"{cfg.out}/last.pt")[0] for cfg in (whole, parts))
     fresh = g.start(whole).model.state_dict()
     assert all(torch.equal(b["model"][name], w) for name, w in fresh.items())          # both steps were skipped
     assert not any(torch.equal(a["model"][name], w) for name, w in fresh.items() if w.ndim == 2)
     assert a["scaler"]["scale"] < b["scaler"]["scale"] == 2.0 ** 20
     assert g.train(g.start(parts, b), parts) is None
-    b = g.load_checkpoint(f"{parts.out}/last.pt")
+    b = g.load_checkpoint(f"{parts.out}/last.pt")[0]
     assert a["history"] == b["history"] and all(torch.equal(a["model"][name], w) for name, w in b["model"].items())
 
 
@@ -494,9 +498,8 @@ def test_training_keeps_what_it_promises(tmp_path):
     out = tmp_path / "run"
     done = run([*TINY_FLAGS, "--batch", "15", "--out", str(out)])
     assert done.returncode == 0, done.stderr
-    assert "--batch 15 becomes 16" in done.stdout and "Phase:" in done.stdout
-    assert sorted(f.name for f in out.iterdir()) == ["best.pt", "config.json", "last.pt", "metrics.csv"]
-    assert json.load(open(out / "config.json"))["tasks"] == 8
+    assert "16 sequences a step" in done.stdout and "Phase:" in done.stdout
+    assert sorted(f.name for f in out.iterdir()) == ["best.pt", "last.pt", "metrics.csv"]
     with open(out / "metrics.csv") as f:
         metrics = list(csv.DictReader(f))
     assert [int(r["step"]) for r in metrics] == [4, 8, 12]
@@ -506,7 +509,7 @@ def test_training_keeps_what_it_promises(tmp_path):
     again = run([*TINY_FLAGS, "--out", str(out)])
     assert again.returncode == 2 and "--resume" in again.stderr
     differs = run(["--resume", "--out", str(out), "--lr", "0.5"])
-    assert differs.returncode == 2 and "--lr 0.5 (saved: 0.01)" in differs.stderr
+    assert differs.returncode == 2 and "--lr 0.5" in differs.stderr and "0.01" in differs.stderr
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
     os.replace(out / "best.pt", tmp_path / "best.pt")            # the report will need it
     lost = run(["--resume", "--out", str(out)])
@@ -520,50 +523,41 @@ def test_training_keeps_what_it_promises(tmp_path):
 def one_error(stderr):
     """The program's last words, after its progress bar: one line, no traceback."""
     assert "Traceback" not in stderr
-    return [line for line in stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    done = run([*TINY_FLAGS, "--lr", "1000", "--wd", "1000", "--out", str(tmp_path)])
-    assert done.returncode == 1 and not (tmp_path / "best.pt").exists()
-    assert len(one_error(done.stderr)) == 1 and "by step 4 the loss was nan" in done.stderr
-    assert all(w.isfinite().all() for w in torch.load(tmp_path / "last.pt", weights_only=True)["model"].values())
+    return [line for line in stderr.replace("\r", "\n").splitlines() if "error: " in line]
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     """Not at an evaluation whose loss is still fine, and not when stopped by a signal."""
-    cfg = tiny(out=str(tmp_path))
-    batch, calls = g.training_batch, []
+    batch = g.training_batch
     for when in (4, 6):                                          # an evaluation; between two
+        cfg, calls, signals = tiny(out=str(tmp_path)), itertools.count(1), []
+
         def breaking(*args):
-            calls.append(1)
-            if len(calls) == when:
+            if next(calls) == when:
                 run.model.norm.weight.register_hook(lambda grad: grad * math.nan)
-                os.kill(os.getpid(), signal.SIGINT)
+                signals.append(signal.SIGINT)
             return batch(*args)
         monkeypatch.setattr(g, "training_batch", breaking)
-        calls.clear()
         run = g.start(cfg)
-        g.claim_folder(run, cfg)
-        with pytest.raises(SystemExit, match=f"by step {when}"):
-            g.train(run, cfg)
+        with pytest.raises(SystemExit, match=f"at step {when} weights are not finite"):
+            g.train(run, cfg, signals)
         for name in ("last.pt", "best.pt"):
             if (tmp_path / name).exists():
                 checkpoint = torch.load(tmp_path / name, weights_only=True)
                 assert checkpoint["step"] < when and checkpoint["model"]["norm.weight"].isfinite().all()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_files(tmp_path, monkeypatch):
-    resource = pytest.importorskip("resource")                   # not on Windows
-    interrupted(tiny(out=str(tmp_path)), 6, monkeypatch)
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    full = run(["--resume", "--out", str(tmp_path)],
-               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
-    assert full.returncode == 1 and len(one_error(full.stderr)) == 1 and str(tmp_path) in full.stderr
-    assert all((tmp_path / name).read_bytes() == before[name] for name in ("last.pt", "best.pt"))
-    assert not list(tmp_path.glob("*.tmp"))                      # the disk is full enough
-    assert run(["--resume", "--out", str(tmp_path)]).returncode == 0
+def test_the_report_is_of_the_weights_in_best_pt(tmp_path, monkeypatch, capsys):
+    """A kill between the two files can leave best.pt newer than last.pt's history."""
+    monkeypatch.setattr(g, "REPORT_SEQUENCES", 64)
+    cfg = tiny(out=str(tmp_path))
+    trained(cfg)
+    run = g.start(cfg, g.load_checkpoint(f"{tmp_path}/last.pt")[0])
+    run.step = 7
+    g.save(run, cfg, "best.pt")
+    run.step = 12
+    g.report(run, cfg)
+    assert "Best step 7 of 12" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -574,27 +568,11 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     deadline = time.time() + 60
     while not (out / "metrics.csv").exists() and time.time() < deadline:
         time.sleep(0.1)
-    for _ in range(16):                                          # passed on by a launcher too: still the same one
+    for _ in range(3):                                           # passed on by a launcher too
         process.send_signal(number)
-        time.sleep(0.05)
     stdout = process.communicate(timeout=60)[0]
-    assert process.returncode == code and f"--resume --out {out}" in stdout
-    assert "Finishing this step" in stdout                       # not torn out of the middle of one
+    assert process.returncode == code and f"--resume --out '{out}'" in stdout
     assert torch.load(out / "last.pt", weights_only=True)["step"] > 0
-
-
-def test_a_second_signal_stops_at_once_unless_it_is_the_same_one(monkeypatch):
-    left, now = [], [100.0]
-    monkeypatch.setattr(os, "_exit", left.append)
-    monkeypatch.setattr(g.time, "monotonic", lambda: now[0])
-    with g.stop_signals() as caught:
-        os.kill(os.getpid(), signal.SIGTERM)
-        now[0] += 0.5                                             # torchrun passes it on
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert not left and [number for number, _ in caught] == [signal.SIGTERM] * 2
-        now[0] += 2
-        os.kill(os.getpid(), signal.SIGINT)
-        assert left == [130]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
@@ -607,11 +585,11 @@ def test_a_killed_run_is_resumed_as_if_nothing_had_been():
 def test_two_processes_follow_one(tmp_path, monkeypatch, resumed):
     """Under torchrun, from the start and from the middle of a run that one process began."""
     one, two = tmp_path / "one", tmp_path / "two"
-    trained(tiny(out=str(one)))
+    trained(tiny(optimizer="adamw", out=str(one)))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "grok_icl.py")]
-    argv = [*TINY_FLAGS, "--out", str(two)]
+    argv = [*TINY_FLAGS, "--optimizer", "adamw", "--out", str(two)]
     if resumed:
-        interrupted(tiny(out=str(two)), 5, monkeypatch)
+        interrupted(tiny(optimizer="adamw", out=str(two)), 5, monkeypatch)
         argv = ["--resume", "--out", str(two)]
         piece = run([*argv, "--max-minutes", "1e-9"], program=torchrun)
         assert piece.returncode == 0 and piece.stdout.count("To go on") == 1, piece.stderr
@@ -619,21 +597,13 @@ def test_two_processes_follow_one(tmp_path, monkeypatch, resumed):
         argv += ["--max-minutes", "0"]
     done = run(argv, program=torchrun)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Phase:") == 1                      # one of them talks
+    assert done.stdout.count("Phase:") == 1                      # only rank 0 prints
     rows = [list(csv.DictReader(open(folder / "metrics.csv"))) for folder in (one, two)]
     assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == ["4", "8", "12"]
     assert [float(r["loss"]) for r in rows[0]] == pytest.approx([float(r["loss"]) for r in rows[1]], rel=1e-5)
     weights = [torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (one, two)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
-    assert sorted(f.name for f in two.iterdir()) == ["best.pt", "config.json", "last.pt", "metrics.csv"]
-
-
-def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, capsys):
-    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("RANK", "0"), ("WORLD_SIZE", "3")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as stop:
-        g.parse_config(TINY_FLAGS)
-    assert stop.value.code == 2 and "--batch 16" in (err := capsys.readouterr().err) and "3 processes" in err
+    assert sorted(f.name for f in two.iterdir()) == ["best.pt", "last.pt", "metrics.csv"]
 
 # -------------------------------------------------------------------------------------------------
 # Bad input: one line that names the flag and what would do, exit code 2, nothing touched
@@ -642,64 +612,38 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--tasks", "510"], ["--tasks 510", "multiple of 4"]),
     (["--tasks", "841"], ["--tasks 841", "839"]),
-    (["--tasks", "0"], ["--tasks 0"]),
-    (["--tasks", "-4"], ["--tasks -4"]),
-    (["--tasks", "840", "--batch", "2000"], ["--tasks 840"]),
-    (["--tasks", "836", "--batch", "2000"], ["--tasks 836", "--task-choice random"]),
+    (["--tasks", "836"], ["--tasks 836", "--task-choice random"]),
     (["--p", "15"], ["--p 15", "prime"]),
-    (["--p", "2"], ["--p 2", "prime"]),
-    (["--p", "-7"], ["--p -7", "prime"]),
+    (["--p", "2"], ["--p 2", "from 3"]),
     (["--p", "seven"], ["--p", "seven", "int"]),
     (["--alpha", "0"], ["--alpha 0"]),
-    (["--alpha", "1"], ["--alpha 1"]),
     (["--alpha", "nan"], ["--alpha nan"]),
     (["--p", "3", "--tasks", "4", "--alpha", "0.1"], ["--alpha 0.1", "at least 2"]),
     (["--p", "3", "--tasks", "4", "--alpha", "0.9"], ["--alpha 0.9", "at least 2"]),
-    (["--examples", "1"], ["--examples 1"]),
-    (["--heads", "3"], ["--embd 512", "multiple of 6"]),
-    (["--heads", "0"], ["--heads 0"]),
-    (["--embd", "0"], ["--embd 0", "from 2"]),
-    (["--alpha", "1e308"], ["--alpha 1e+308"]),
-    (["--p", "1" + 200 * "0"], ["--p 1000"]),
-    (["--steps", "1" + 400 * "0"], ["--steps 1000"]),
-    (["--examples", "100000"], ["--examples 100000", "512"]),
-    (["--curriculum", "300000"], ["--curriculum 300000", "200000"]),
+    (["--heads", "3"], ["--embd 128", "multiple of 6"]),
+    (["--embd", "12"], ["--embd 12", "even"]),
+    (["--steps", "100"], ["--steps 100", "--warmup"]),
     (["--out", ""], ["--out"]),
     (["--device", "meta"], ["--device meta", "cpu"]),
-    (["--embd", "12"], ["--embd 12", "even"]),
-    (["--depth", "0"], ["--depth 0"]),
-    (["--batch", "511"], ["--batch 511", "--tasks (512)"]),
-    (["--steps", "10000"], ["--steps 10000", "--warmup"]),
-    (["--warmup", "-1"], ["--warmup -1"]),
-    (["--lr", "0"], ["--lr 0"]),
-    (["--lr", "inf"], ["--lr inf"]),
-    (["--wd", "-0.1"], ["--wd -0.1"]),
-    (["--init-std", "0"], ["--init-std 0"]),
-    (["--curriculum", "-1"], ["--curriculum -1"]),
-    (["--seed", "-1"], ["--seed -1"]),
-    (["--eval-every", "0"], ["--eval-every 0"]),
-    (["--patience", "-1"], ["--patience -1"]),
     (["--device", "cuda:99"], ["--device cuda:99", "cpu"]),
     (["--device", "gpu"], ["--device gpu", "cpu"]),
     (["--amp", "fp16", "--device", "cpu"], ["--amp fp16"]),
     (["--amp", "fp8"], ["--amp", "fp8", "bf16"]),
     (["--optimizer", "sgd"], ["--optimizer", "sgd", "muon"]),
-    (["--preset", "desktop"], ["--preset", "desktop", "laptop"]),
+    (["--preset", "desktop"], ["--preset", "desktop", "quick"]),
     (["--task", "512"], ["--task"]),
     (["--resume"], ["last.pt"]),
 ])
 def test_bad_input_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["grok_icl.py", *argv])
-    with pytest.raises(SystemExit) as stop:
-        g.main()
+    assert g.main(argv) == 2
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and all(w in err for w in words), err
+    assert err.count("\n") == 1 and all(w in err for w in words), err
     assert not list(tmp_path.iterdir())
 
 
 NUMBERS = [f.name for f in dataclasses.fields(g.Config) if f.type in (int, float)]
-WORDS = ["task_choice", "optimizer", "device", "amp", "compile", "preset"]
+WORDS = ["task_choice", "curriculum", "inputs", "optimizer", "device", "amp", "compile", "preset"]
 
 
 @pytest.mark.parametrize("flag, value", [
@@ -709,11 +653,9 @@ def test_every_flag_refuses_what_it_cannot_be(flag, value, tmp_path, monkeypatch
     """Wrong type, empty, unicode, negative, huge: one line that names flag and value, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     flag = "--" + flag.replace("_", "-")
-    monkeypatch.setattr(sys, "argv", ["grok_icl.py", f"{flag}={value}"])
-    with pytest.raises(SystemExit) as stop:
-        g.main()
+    assert g.main([f"{flag}={value}"]) == 2
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and flag in err and not list(tmp_path.iterdir())
+    assert err.count("\n") == 1 and flag in err and not list(tmp_path.iterdir())
     assert value in err or flag != "--device" and float(value) == math.inf and "inf" in err
 
 
@@ -735,43 +677,13 @@ def put(*path, value):
     return change
 
 
-NAN, LONG = torch.full((16,), math.nan), torch.zeros(3, 2, dtype=torch.long)
-MOMENT = ("optimizers", 0, "state", 0, "exp_avg")
 MUTATIONS = {
-    "no config": put("config", value=None), "config of another kind": put("config", value=[1]),
-    "a field too few": put("config", "lr", value=None), "a field too many": put("config", "dropout", value=0.1),
-    "a field of another type": put("config", "p", value="5"), "p not prime": put("config", "p", value=9),
-    "other width": put("config", "embd", value=32), "other depth": put("config", "depth", value=3),
-    "heads that do not fit": put("config", "heads", value=3), "fewer steps than were done": put("config", "steps", value=3),
-    "no model": put("model", value=None), "no weight": put("model", "norm.weight", value=None),
-    "a weight too many": put("model", "norm.scale", value=torch.ones(16)),
+    "another version": put("config", "dropout", value=0.1), "other width": put("config", "embd", value=32),
+    "no weight": put("model", "norm.weight", value=None), "no split": put("split", value=None),
     "weight of another shape": put("model", "norm.weight", value=torch.ones(8)),
-    "weights that are no numbers": put("model", "norm.weight", value=NAN),
-    "a list for a weight": put("model", "norm.weight", value=[1.0] * 16),
-    "integer weights": put("model", "norm.weight", value=torch.ones(16, dtype=torch.long)),
-    "no split": put("split", value=None), "half a split": put("split", "val_ood", value=None),
-    "an empty set": put("split", "test_ood", value=LONG[:0]), "residues above p": put("split", "id", value=LONG + 5),
-    "residues below 0": put("split", "id", value=LONG - 1), "floats for residues": put("split", "id", value=LONG.float()),
-    "triples": put("split", "id", value=torch.zeros(3, 3, dtype=torch.long)), "text for a split": put("split", value="id"),
-    "no step": put("step", value=None), "step below 0": put("step", value=-1), "step beyond the end": put("step", value=13),
-    "text for a step": put("step", value="6"), "history of another kind": put("history", value="abc"),
-    "rows too short": put("history", value=[{"step": 5}]), "text in a row": put("history", 0, "loss", value="low"),
-    "no history": put("history", value=None), "no loss": put("loss_sum", value=None),
-    "loss of another shape": put("loss_sum", value=torch.ones(3)), "text for a count": put("loss_steps", value="two"),
-    "a test task that was trained on": lambda c: c["split"]["test_ood"][0].copy_(c["split"]["id"][0]),
-    "a test input that was trained on": lambda c: c["split"]["train_inputs"][0].copy_(c["split"]["test_inputs"][0]),
-    "fewer tasks than --tasks": lambda c: c["split"].update(id=c["split"]["id"][:4], val_ood=torch.cat(
-        (c["split"]["id"][4:], c["split"]["val_ood"]))),
-    "columns in another order": lambda c: c["history"].append(dict(reversed(c["history"].pop().items()))),
-    "a moment of another shape": put(*MOMENT, value=torch.zeros(3)), "text for a moment": put(*MOMENT, value="x"),
-    "moments that are no numbers": lambda c: c["optimizers"][0]["state"][0]["exp_avg"].fill_(math.nan),
-    "sparse moments": lambda c: c["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(5, 16).to_sparse()),
-    "rows that go back": lambda c: c["history"].append(c["history"][0]),
-    "rows beyond the step": put("history", 0, "step", value=8),
-    "a moment too few": put(*MOMENT, value=None), "no moments": put("optimizers", 0, "state", value={}),
-    "no optimizers": put("optimizers", value=None), "an optimizer too few": put("optimizers", value=[]),
-    "no generator": put("generator", value=None), "half a generator": put("generator", value=torch.zeros(5, dtype=torch.uint8)),
-    "code": put("config", value=Exploit()), "code in the history": put("history", value=[Exploit()]),
+    "weights that are no numbers": put("model", "norm.weight", value=torch.full((16,), math.nan)),
+    "a moment of another shape": put("optimizers", 0, "state", 0, "exp_avg", value=torch.zeros(3)),
+    "an optimizer too few": put("optimizers", value=[]), "code": put("config", value=Exploit()),
 }
 
 
@@ -797,29 +709,11 @@ def test_bad_checkpoints_are_refused(kind, half_a_run, tmp_path, monkeypatch, ca
         torch.save({"model": {}, "epoch": 3}, "last.pt")
     else:
         Path("last.pt").write_bytes({"empty": b"", "text": b"not a checkpoint", "truncated": last[:2000]}[kind])
-    monkeypatch.setattr(sys, "argv", ["grok_icl.py", "--resume", "--out", "."])
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-    with pytest.raises(SystemExit) as stop:
-        g.main()
+    assert g.main(["--resume", "--out", "."]) == 2
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and "last.pt" in err
+    assert err.count("\n") == 1 and "last.pt" in err
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
-
-
-def test_moments_that_share_one_number_get_memory_of_their_own(half_a_run):
-    """torch.save keeps such views, and a fused optimizer writes past their end."""
-    checkpoint = torch.load(io.BytesIO(half_a_run[0]), weights_only=True)
-    moments = checkpoint["optimizers"][0]["state"][0]
-    moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
-    run = g.start(g.Config(**checkpoint["config"]), checkpoint)
-    assert all(m.is_contiguous() for o in run.optimizers for state in o.state.values() for m in state.values())
-
-
-def test_a_folder_with_somebody_elses_config_is_refused(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        g.parse_config([*TINY_FLAGS, "--out", str(tmp_path)])
-    assert stop.value.code == 2 and (tmp_path / "config.json").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
