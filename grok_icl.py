@@ -51,18 +51,15 @@ class Config:
     tasks: int = option(512, 512, "pre-training tasks (a, b), out of p*p", (1, 10**6))
     alpha: float = option(0.8, 0.8, "fraction of the p*p inputs (x, y) that is trained on", (0, 1))
     examples: int = option(32, 32, "examples in a sequence, three tokens each", (2, 512))
-    task_choice: str = option("rectangular", "rectangular", "how the pre-training tasks are chosen",
-                              ["rectangular", "random"])
+    random_tasks: bool = option(False, False, "pre-training tasks at random, not by rectangles")
     # the transformer
     depth: int = option(2, 2, "transformer blocks; the paper has 2, 4 and 6", (1, 100))
     heads: int = option(4, 4, "attention heads a block", (1, 256))
     embd: int = option(128, 512, "width of the residual stream; the MLP is 4 times it", (2, 16384))
     init_std: float = option(0.0, 0.02, "std of the initial weights; 0: 1/sqrt(embd)", (0, 10))
     # how it is trained
-    curriculum: str = option("on", "off", "sequences on one line through the origin first, then on "
-                             "2, 4, 8, ... as they are mastered", ["on", "off"])
-    inputs: str = option("own", "shared", "each sequence draws its own inputs, or all tasks of a "
-                         "batch share them", ["own", "shared"])
+    curriculum: bool = option(True, False, "few lines through the origin first; see pace()")
+    shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
     optimizer: str = option("muon", "adamw", "updates the blocks' matrices", ["muon", "adamw"])
     lr: float = option(0.008, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
@@ -75,10 +72,11 @@ class Config:
     eval_every: int = option(100, 1000, "steps between evaluations", (1, 10**9))
     patience: int = option(0, 0, "stop after that many evaluations without a new best; 0: never",
                            (0, 10**9))
+    snapshots: bool = option(False, False, "keep every evaluation's weights too, as step100.pt, ...")
     max_minutes: float = option(0.0, 0.0, "save and stop after that long; 0: never", (0, 1e6))
     device: str = option("auto", "auto", "cpu, cuda, mps, ...; auto: cuda if there is one")
-    amp: str = option("auto", "auto", "autocast; auto: bf16 where the hardware has it, else fp16 "
-                      "on cuda, off elsewhere", ["auto", "bf16", "fp16", "off"])
+    amp: str = option("auto", "auto", "autocast; auto: bf16 where the hardware has it",
+                      ["auto", "bf16", "fp16", "off"])
     compile: str = option("auto", "auto", "torch.compile; auto: on cuda", ["auto", "on", "off"])
     out: str = option("", "", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, False, "continue the run in --out")
@@ -106,6 +104,7 @@ PACE_EVERY = 10               # steps between looks at that share
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 4096       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
+SHOTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)                    # that a table shows, and the last one
 STATE = ("split", "step", "history", "lines", "mastery")     # of a run, beside weights and moments
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
 
@@ -141,7 +140,7 @@ def choose_rectangles(p, n, generator, tries=100):
             return choose_rectangles(p, n, generator, tries - 1)
         if len(fits) == 0:
             raise ValueError(f"--tasks {n}: no {n // 4} disjoint rectangles found among {p}*{p} "
-                             f"tasks; take fewer, or --task-choice random")
+                             f"tasks; take fewer, or --random-tasks")
         c, d = fits[torch.randint(len(fits), (1,), generator=generator)].squeeze(0).tolist()
         tasks.append(torch.tensor([(c, b), (a, d), (c, d)]))
         free[[c, a, c], [b, d, d]] = False
@@ -152,15 +151,15 @@ def make_split(cfg):
     """
     Who is trained on, and who only tested: a dict of (n, 2) tensors of residues.
 
-    "id" are the pre-training tasks. The others are out of distribution, in two halves: early
-    stopping looks at "val_ood", and "test_ood" is opened once, for the closing report. (The paper
-    has one o.o.d. set.) "train_inputs" and "test_inputs" split the inputs; all tasks share them.
+    "id" are the pre-training tasks. The others are out of distribution, in two halves (the paper
+    has one): early stopping looks at "val_ood", the closing report alone at "test_ood".
+    "train_inputs" and "test_inputs" split the inputs; all tasks share them.
     """
     generator, p = torch.Generator().manual_seed(cfg.seed), cfg.p
-    if cfg.task_choice == "rectangular":
-        tasks = choose_rectangles(p, cfg.tasks, generator)
-    else:
+    if cfg.random_tasks:
         tasks = grid(p)[torch.randperm(p * p, generator=generator)[:cfg.tasks]]
+    else:
+        tasks = choose_rectangles(p, cfg.tasks, generator)
     is_id = torch.zeros(p, p, dtype=torch.bool)
     is_id[tasks[:, 0], tasks[:, 1]] = True
     ood = (~is_id).nonzero()
@@ -189,17 +188,16 @@ def training_batch(split, line, cfg, lines, generator):
     A balanced batch: cfg.per_task sequences of each pre-training task, (B, 3k) tokens.
 
     Inputs are drawn evenly, with replacement; line is line_of(split["train_inputs"]). In the
-    curriculum (lines <= p) a sequence keeps to the inputs on at most that many lines. On one line
-    any example but (0, 0) answers any query by Ratio Matching: the model can learn to divide. With
-    more lines it must also find the example to divide by. On few lines few examples teach as much
-    as many, at a fraction of the cost: there k is 8 for each line, at most cfg.examples.
+    curriculum (lines <= p) each sequence keeps to that many lines, drawn for itself. On one line
+    any example but (0, 0) answers any query by Ratio Matching: the model learns to divide. With
+    more it must also find the example to divide by. On few lines few examples teach as much as
+    many, at a fraction of the cost: k is 8 for each line, at most cfg.examples.
 
-    The paper lets all tasks of a batch share their inputs (--inputs shared): sequences then differ
-    by the task alone, and what tells them apart is z. But on a single line a task acts through one
-    number, its slope, so that all tasks together give each draw of inputs only p versions.
+    The paper's tasks share the inputs of a batch: what tells sequences apart is then z alone. On a
+    single line, though, a task acts through its slope alone: p tasks would be all there are.
     """
     tasks, inputs, k = split["id"], split["train_inputs"], min(cfg.examples, 8 * lines)
-    n = cfg.per_task * (len(tasks) if cfg.inputs == "own" else 1)
+    n = cfg.per_task * (len(tasks) if not cfg.shared_inputs else 1)
 
     def draw(size):
         return torch.randint(len(line), (n, size), generator=generator, device=line.device)
@@ -208,7 +206,7 @@ def training_batch(split, line, cfg, lines, generator):
     else:
         allowed = (line[draw(lines)][:, :, None] == line).any(1)                     # (n, inputs)
         chosen = torch.multinomial(allowed.float(), k, replacement=True, generator=generator)
-    if cfg.inputs == "shared":
+    if cfg.shared_inputs:
         chosen = chosen.repeat(len(tasks), 1)
     return to_tokens(tasks.repeat_interleave(cfg.per_task, 0), inputs[chosen], cfg.p)    # (B, 3k)
 
@@ -256,10 +254,9 @@ class Attention(nn.Module):
         self.softmax = nn.Softmax(dim=-1)      # a module, so that a hook can read the weights
         length = 3 * cfg.examples
         cos, sin = rotary_tables(length, cfg.embd // cfg.heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
         future = torch.full((length, length), -math.inf).triu(1)
-        self.register_buffer("future", future, persistent=False)
+        for name, table in dict(cos=cos, sin=sin, future=future).items():
+            self.register_buffer(name, table, persistent=False)
 
     def forward(self, x, at=slice(None)):
         T = x.size(1)                                                                # x (B, T, C)
@@ -267,7 +264,8 @@ class Attention(nn.Module):
                    for linear, inputs in ((self.query, x[:, at]), (self.key, x), (self.value, x)))
         q = rotate(q, self.cos[:T][at], self.sin[:T][at])                            # (B, H, Q, D)
         k = rotate(k, self.cos[:T], self.sin[:T])                                    # (B, H, T, D)
-        scores = q @ k.mT / math.sqrt(q.size(-1)) + self.future[:T, :T][at]          # (B, H, Q, T)
+        scores = (q / math.sqrt(q.size(-1))) @ k.mT                                  # (B, H, Q, T)
+        scores = scores + self.future[:T, :T][at].to(scores.dtype)       # to keep autocast's type
         heads = self.softmax(scores) @ v                                             # (B, H, Q, D)
         return self.out(heads.transpose(1, 2).flatten(2))                            # (B, Q, C)
 
@@ -343,9 +341,8 @@ def solvable(tokens, p):
     What the examples before each query determine, exactly: two bool tensors (B, k).
 
     Ratio Matching answers (x, y) = c (x_i, y_i) with c z_i: it needs an earlier example other than
-    (0, 0) on the query's line through the origin. (Any example will do for the query (0, 0).)
-    Modular Regression combines examples: it needs the query in the span of the earlier inputs, that
-    is such a line, or two earlier examples on different lines.
+    (0, 0) on the query's line through the origin, or any at all for the query (0, 0). Modular
+    Regression combines examples: it needs that, or two earlier examples on different lines.
     """
     xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
     x, y = xy.unbind(-1)
@@ -359,7 +356,7 @@ def solvable(tokens, p):
 
 
 def accuracy(hits, tokens):
-    """Mean of hits (B, k), bools or scores, at each shot over all and over novel queries: (2, k)."""
+    """Mean of hits (B, k), bools or scores, at each shot over all and novel queries: (2, k)."""
     novel = torch.cat([novel_queries(t) for t in tokens.split(CHUNK)])
     chosen = torch.stack((torch.ones_like(novel), novel))                            # (2, B, k)
     return (hits * chosen).sum(1).cpu().double() / chosen.sum(1).cpu()
@@ -378,17 +375,8 @@ def oracle_accuracy(tokens, p):
     return [accuracy(torch.where(s, 1.0, 1 / p), tokens) for s in solved]
 
 
-def some_shots(examples):
-    """The numbers of shots that a table shows, up to all that a sequence has."""
-    return [s for s in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24) if s < examples - 1] + [examples - 1]
-
-
 def phase(model, ratio, p):
-    """
-    The paper's phase (figure 1b), from the four sets' accuracies on novel queries.
-
-    A set is good from halfway between chance and Ratio Matching's accuracy on the same queries.
-    """
+    """Phase (figure 1b) of four novel-query accuracies; good: halfway to Ratio Matching's."""
     good = "".join(str(int(m >= (1 / p + r) / 2)) for m, r in zip(model, ratio, strict=True))
     return {"1000": "in-distribution memorization", "1100": "in-distribution generalization",
             "1010": "o.o.d. memorization", "1111": "o.o.d. generalization",
@@ -401,11 +389,10 @@ def phase(model, ratio, p):
 
 def make_optimizers(model, cfg):
     """
-    Muon for the blocks' matrices, AdamW for embedding and LayerNorm; a list.
+    Muon for the blocks' matrices (or AdamW, as in the paper), AdamW for the rest; a list.
 
     Muon steps along the orthogonal matrix nearest to the momentum, so all directions of a matrix
-    learn at one rate. With --optimizer adamw, as in the paper, AdamW has the matrices as well.
-    Matrices and embedding decay, LayerNorm does not.
+    learn at one rate. Matrices and embedding decay, LayerNorm does not.
     """
     embedding = model.embedding.weight
     matrices = [w for w in model.parameters() if w.ndim == 2 and w is not embedding]
@@ -452,9 +439,8 @@ def early_stopping(history, patience, chance):
     """
     From the evaluations so far: (index of the one to keep, whether to stop now).
 
-    Watches last-shot accuracy on validation o.o.d. tasks and test inputs, all queries (the novel
-    ones are few and noisy at small p). Grokking comes after a long plateau: until the best is
-    clearly above chance the newest is kept and patience not counted. patience 0 never stops.
+    Watches last-shot accuracy on validation o.o.d. tasks and test inputs. Grokking comes after a
+    plateau: until the best is clearly above chance the newest is kept and nothing stops.
     """
     curve = [row["val_ood_test"] for row in history]
     if not curve or max(curve) < chance + LEFT_CHANCE:
@@ -465,9 +451,8 @@ def early_stopping(history, patience, chance):
 
 def pick_device(name):
     """The torch.device of that name; auto is CUDA or the CPU. ValueError where it isn't there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
         torch.zeros(1, device=name).item()
         return torch.device(name)
     except Exception as e:                                   # what is raised depends on the device
@@ -493,7 +478,7 @@ def start(cfg, checkpoint=None):
     run = SimpleNamespace(
         split=make_split(cfg), device=device, model=GPT(cfg).to(device),
         generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[],
-        lines=1 if cfg.curriculum == "on" else cfg.p + 1, mastery=0.0)
+        lines=1 if cfg.curriculum else cfg.p + 1, mastery=0.0)
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast, run.scaler = mixed_precision(cfg, device)
     if not checkpoint:
@@ -522,9 +507,10 @@ def evaluate_and_save(run, cfg, sets, loss):
     run.history.append(row)
     if early_stopping(run.history, 0, 1 / cfg.p)[0] == len(run.history) - 1:
         save(run, cfg, "best.pt")
-    table = [row.keys(), *(row.values() for row in run.history)]
-    write_file(os.path.join(cfg.out, "metrics.csv"),
-               "".join(",".join(map(str, line)) + "\n" for line in table).encode())
+    if cfg.snapshots:
+        save(run, cfg, f"step{run.step}.pt")
+    table = [",".join(map(str, values)) for values in (row, *(r.values() for r in run.history))]
+    write_file(os.path.join(cfg.out, "metrics.csv"), ("\n".join(table) + "\n").encode())
     save(run, cfg, "last.pt")
     return row
 
@@ -533,10 +519,9 @@ def train(run, cfg, signals=()):
     """
     Train, evaluate every cfg.eval_every steps, and keep the run's files in cfg.out up to date.
 
-    Under torchrun every process draws the same batch and takes its share of it, and the gradients
-    are averaged: N processes do what one would. Rank 0 evaluates, writes, and decides when to stop.
-    signals: a list that main's handler fills. Returns None once the run is finished; of one that
-    ends early, the exit code: 128 + the signal's number, or 0 after cfg.max_minutes.
+    Under torchrun every process takes its share of the same batch: N processes do what one would.
+    Rank 0 evaluates, writes, and decides when to stop. signals is a list that main's handler fills.
+    Returns None once the run is finished, else 128 + the signal, or 0 after cfg.max_minutes.
     """
     deadline = time.monotonic() + (60 * cfg.max_minutes or math.inf)
     device, (rank, world) = run.device, rank_and_world()
@@ -621,10 +606,8 @@ def save(run, cfg, name):
     write_file(os.path.join(cfg.out, name), buffer.getbuffer())
 
 
-def load_checkpoint(path):
-    """(dict, Config, GPT) of a checkpoint of this program, on the CPU. Else ValueError."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such checkpoint")
+def load_checkpoint(path, device="cpu"):
+    """(dict, Config, GPT on device) of this program's checkpoint at path. Else ValueError."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         cfg = Config(**checkpoint["config"])
@@ -632,8 +615,8 @@ def load_checkpoint(path):
         model.load_state_dict(checkpoint["model"])
         assert all(w.isfinite().all() for w in model.parameters())
     except Exception as e:                            # a damaged file can raise anything
-        raise ValueError(f"{path}: damaged, or no checkpoint of this version ({type(e).__name__})")
-    return checkpoint, cfg, model
+        raise ValueError(f"{path}: no sound checkpoint of this version ({type(e).__name__})")
+    return checkpoint, cfg, model.to(device)
 
 # -------------------------------------------------------------------------------------------------
 # 7. Report, command line, main
@@ -641,26 +624,24 @@ def load_checkpoint(path):
 
 def report(run, cfg):
     """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
-    best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"))
-    model.to(run.device)
+    best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
     header, curves = " model  ratio  regression   ", {}
 
     def cells(triple):
         return "{:6.1f} {:6.1f} {:10.1f}   ".format(*(100 * triple))
     print(f"\nBest step {best['step']} of {run.step}. Accuracy in % after {cfg.examples - 1} "
-          f"shots; o.o.d. are the test tasks; chance is {100 / cfg.p:.1f}\n"
+          f"shots, o.o.d. on test tasks; chance is {100 / cfg.p:.1f}\n"
           f"{'':27}all queries{'':17}novel queries\n{'':27}{2 * header}")
     for name, tokens in eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
                                        cfg.seed + 2).items():
         tokens = tokens.to(run.device)        # (model, ratio, regression) x (all, novel) x shots
         curves[name] = torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])
-        kind, side = name.rsplit("_", 1)
-        label = f"{'i.d.' if kind == 'id' else 'o.o.d.'} tasks, {side} inputs"
+        label = f"{'i.d.' if name[:2] == 'id' else 'o.o.d.'} tasks, {name.split('_')[-1]} inputs"
         print(f"{label:27}{cells(curves[name][:, 0, -1])}{cells(curves[name][:, 1, -1])}")
     novel = torch.stack([curve[:2, 1, -1] for curve in curves.values()])             # (4, 2)
     print(f"Phase: {phase(*novel.T, cfg.p)}\n\no.o.d. tasks, novel queries, over shots\n"
           f"{'':10}train inputs{'':16}test inputs\nshots     {2 * header}")
-    for s in some_shots(cfg.examples):
+    for s in [s for s in SHOTS if s < cfg.examples - 1] + [cfg.examples - 1]:
         print(f"{s:5d}     " + "".join(cells(curves[f"test_ood_{side}"][:, 1, s])
                                        for side in ("train", "test")))
 
@@ -687,10 +668,9 @@ def parse_config(argv=None):
     for f in fields(Config):
         paper, text, accepts = f.metadata.values()
         value = f.default if f.default == paper else f"{f.default}; paper: {paper}"
-        parser.add_argument(flag(f.name), **(
-            dict(action="store_true", help=text) if f.type is bool else
-            dict(type=f.type, choices=accepts if isinstance(accepts, list) else None,
-                 help=f"{text} [{value}]")))
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+                dict(type=f.type, choices=accepts if isinstance(accepts, list) else None))
+        parser.add_argument(flag(f.name), help=f"{text} [{value}]", **kind)
     given = vars(parser.parse_args(argv))
     preset = given.pop("preset", "default")
     given.setdefault("out", os.path.join("out", "-".join(
@@ -720,15 +700,14 @@ def validate(cfg):
             raise ValueError(f"{flag(name)} {getattr(cfg, name)}: must be {accepted}")
 
     for f in fields(Config):
-        if isinstance(bounds := f.metadata["accepts"], tuple):
-            low, high = bounds
+        if isinstance(f.metadata["accepts"], tuple):
+            low, high = f.metadata["accepts"]
             need(low <= getattr(cfg, f.name) <= high, f.name, f"from {low} to {high}")
     need(cfg.out, "out", "the name of a folder")
     p = cfg.p
     need(all(p % d for d in range(2, math.isqrt(p) + 1)), "p", "a prime from 3 to 997")
     need(cfg.tasks <= p * p - 2, "tasks", f"at most {p * p - 2}, to leave two of {p}*{p} o.o.d.")
-    need(cfg.task_choice == "random" or cfg.tasks % 4 == 0, "tasks",
-         "a multiple of 4 under --task-choice rectangular")
+    need(cfg.random_tasks or cfg.tasks % 4 == 0, "tasks", "a multiple of 4, or --random-tasks")
     need(2 <= round(cfg.alpha * p * p) <= p * p - 2, "alpha",
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
     need(cfg.embd % (2 * cfg.heads) == 0, "embd",
@@ -746,7 +725,7 @@ def main(argv=None):
         if world > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group()
             dist.barrier()                            # none may write before all have looked
         run = start(cfg, checkpoint)
         os.makedirs(cfg.out, exist_ok=True)
@@ -758,9 +737,8 @@ def main(argv=None):
         return 2
     if rank > 0:
         sys.stdout = open(os.devnull, "w")            # only rank 0 prints
-    print(f"p {cfg.p}, {cfg.tasks} tasks, alpha {cfg.alpha}, depth {cfg.depth}, seed {cfg.seed}; "
-          f"{cfg.per_task * cfg.tasks} sequences a step; torch {torch.__version__} on "
-          f"{run.device}; {cfg.out}", flush=True)
+    print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.per_task * cfg.tasks}, "
+          f"seed {cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
     signals, stops = [], (signal.SIGINT, signal.SIGTERM)     # Ctrl-C, and what SLURM sends
     for number in stops:                                     # only noted, so that train can save
         signal.signal(number, lambda number, frame: signals.append(number))
