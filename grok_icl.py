@@ -16,7 +16,7 @@ trained on from the examples in front of it: in-context learning, out of distrib
     python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, under half an hour
     python grok_icl.py --preset paper            as published; wants a GPU
 
-Top to bottom: 1 config, 2 data, 3 model, 4 evaluation, 5 training, 6 files, 7 command line.
+Top to bottom: config, data, model, evaluation, training, files, command line.
 """
 import argparse
 import io
@@ -56,7 +56,7 @@ class Config:
     depth: int = option(2, 2, "transformer blocks; the paper has 2, 4 and 6", (1, 100))
     heads: int = option(4, 4, "attention heads a block", (1, 256))
     embd: int = option(128, 512, "width of the residual stream; the MLP is 4 times it", (2, 16384))
-    init_std: float = option(0.0, 0.02, "std of the initial weights; 0: 1/sqrt(embd)", (0, 10))
+    init_std: float = option(0.02, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
     curriculum: bool = option(True, False, "few lines through the origin first; see pace()")
     shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
@@ -72,7 +72,7 @@ class Config:
     eval_every: int = option(100, 1000, "steps between evaluations", (1, 10**9))
     patience: int = option(0, 0, "stop after that many evaluations without a new best; 0: never",
                            (0, 10**9))
-    snapshots: bool = option(False, False, "keep every evaluation's weights too, as step100.pt, ...")
+    snapshots: bool = option(False, False, "keep the weights of each evaluation, step100.pt, ...")
     max_minutes: float = option(0.0, 0.0, "save and stop after that long; 0: never", (0, 1e6))
     device: str = option("auto", "auto", "cpu, cuda, mps, ...; auto: cuda if there is one")
     amp: str = option("auto", "auto", "autocast; auto: bf16 where the hardware has it",
@@ -191,12 +191,12 @@ def training_batch(split, line, cfg, lines, generator):
     curriculum (lines <= p) each sequence keeps to that many lines, drawn for itself. On one line
     any example but (0, 0) answers any query by Ratio Matching: the model learns to divide. With
     more it must also find the example to divide by. On few lines few examples teach as much as
-    many, at a fraction of the cost: k is 8 for each line, at most cfg.examples.
+    many, at a fraction of the cost: k is 4 for each line, at least 8, at most cfg.examples.
 
     The paper's tasks share the inputs of a batch: what tells sequences apart is then z alone. On a
     single line, though, a task acts through its slope alone: p tasks would be all there are.
     """
-    tasks, inputs, k = split["id"], split["train_inputs"], min(cfg.examples, 8 * lines)
+    tasks, inputs, k = split["id"], split["train_inputs"], min(cfg.examples, max(8, 4 * lines))
     n = cfg.per_task * (len(tasks) if not cfg.shared_inputs else 1)
 
     def draw(size):
@@ -303,12 +303,11 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(cfg.p, cfg.embd)       # its transpose reads out the logits
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embd)
-        std = cfg.init_std or 1 / math.sqrt(cfg.embd)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 # the residual stream sums 2 * depth outputs; the paper scales down the MLPs'
                 shrink = math.sqrt(2 * cfg.depth) if name.endswith("mlp.down.weight") else 1
-                nn.init.normal_(weight, std=std / shrink)
+                nn.init.normal_(weight, std=cfg.init_std / shrink)
 
     def forward(self, tokens, everywhere=False):
         """

@@ -228,7 +228,7 @@ def main():
         rates.append(product_rate(trained))
     second, rate = statistics.median(seconds), statistics.median(rates)
     print(f"step                {1e3 * second:8,.1f} ms ({1e3 * min(seconds):,.1f} to {1e3 * max(seconds):,.1f})")
-    for k in sorted({min(cfg.examples, 8 * lines) for lines in (1, 2, 4)}):
+    for k in sorted({min(cfg.examples, k) for k in (8, 16, 32)}):
         print(f"operations a step   {operations(cfg, batch, k):8.3g} with {k} examples")
     done = operations(cfg, batch, cfg.examples)
     print(f"achieved            {done / second / 1e9:8,.0f} GFLOP/s, {done / second / rate:.0%} of a large matrix product "

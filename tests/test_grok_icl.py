@@ -153,7 +153,7 @@ def test_curriculum_keeps_each_sequence_to_few_lines(lines, shared):
     p, some = 7, g.grid(7)[5:40]
     cfg = tiny(p=p, tasks=12, batch=1200, examples=24, shared_inputs=shared)
     _, sequences = batch_of(cfg, lines, some)
-    assert sequences.size(2) == min(24, 8 * lines)                           # few lines, few examples
+    assert sequences.size(2) == max(8, 4 * lines)                            # few lines, few examples
     xy = sequences[..., :2].flatten(0, 1)
     assert set(rows(xy.flatten(0, 1))) == set(rows(some))                    # over sequences, all of them
     used = [frozenset(g.line_of(sequence, p).tolist()) for sequence in xy]
@@ -291,7 +291,6 @@ def test_initial_weights():
             assert abs(w.std().item() / expected - 1) < 0.05, name
     # 2 blocks of 12 d^2, the embedding, and 5 LayerNorms: no biases, no separate read-out
     assert sum(w.numel() for w in model.parameters()) == 24 * 512 ** 2 + 29 * 512 + 5 * 2 * 512
-    assert abs(g.GPT(g.Config(embd=64)).embedding.weight.std().item() * 8 - 1) < 0.1
 
 # -------------------------------------------------------------------------------------------------
 # Evaluation
