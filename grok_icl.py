@@ -56,12 +56,12 @@ class Config:
     depth: int = option(2, 2, "transformer blocks; the paper has 2, 4 and 6", (1, 100))
     heads: int = option(4, 4, "attention heads a block", (1, 256))
     embd: int = option(128, 512, "width of the residual stream; the MLP is 4 times it", (2, 16384))
-    init_std: float = option(0.02, 0.02, "standard deviation of the weights at first", (1e-6, 10))
+    init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
     curriculum: bool = option(True, False, "few lines through the origin first; see pace()")
     shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
     optimizer: str = option("muon", "adamw", "updates the blocks' matrices", ["muon", "adamw"])
-    lr: float = option(0.008, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
+    lr: float = option(0.005, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
     wd: float = option(0.5, 2.0, "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(512, 1024, "sequences a step, made a multiple of --tasks", (1, 10**6))
@@ -92,7 +92,7 @@ FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
 
 # A preset replaces defaults; a flag on the command line replaces the preset's value.
 PRESETS = {
-    "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=168, steps=1800),
+    "quick": dict(p=13, tasks=84, examples=16, embd=64, lr=0.008, batch=168, steps=1600),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)},
 }
 
