@@ -36,7 +36,7 @@ SEQUENCES = 512               # for attention, ablation, labels and patching
 NULLS = 200                   # random orders of the residues: a p-value can be as low as 1 / 201
 ONE_FREQUENCY = 0.5           # share of its variance from which a neuron counts as one-frequency
 GROUPS = ("multiplicative", "additive")
-PAIRS = {"xy": [0, 1], "xz": [0, 2], "yz": [1, 2]}       # positions whose outputs are joined (fig. 6)
+PAIRS = {"xy": [0, 1], "xz": [0, 2], "yz": [1, 2]}           # positions joined, as in figure 6
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 
 # -------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def query_grid(task, inputs, p):
 
 @contextmanager
 def intercept(changes):
-    """Within, each module of {module: function} reads function(x), or x itself where that is None."""
+    """Within, each module of {module: function} reads function(x), or x where that is None."""
     handles = [module.register_forward_pre_hook(lambda _, args, f=f: f(args[0]))
                for module, f in changes.items()]
     try:
@@ -87,7 +87,7 @@ def answers(lab, tokens):
 
 @torch.no_grad()
 def activations(lab, task, inputs):
-    """Each site at the query's x, y and z, for every query after a context: {name: (p, p, 3, n)}."""
+    """Each site at the query's x, y and z, every query after a context: {name: (p, p, 3, n)}."""
     found = {name: [] for name in sites(lab.model)}
     changes = {module: lambda x, name=name: found[name].append(x[:, -3:].cpu())
                for name, module in sites(lab.model).items()}
@@ -107,13 +107,13 @@ def observed(lab):
 
 def head_outputs(lab, i, heads):
     """What each head of block i adds to the residual stream: (..., H*D) -> (..., H, C)."""
-    weight = lab.model.blocks[i].attention.out.weight.detach().cpu()                 # (C, H*D)
-    H = lab.cfg.heads
-    return torch.einsum("...hd,chd->...hc", heads.unflatten(-1, (H, -1)), weight.unflatten(1, (H, -1)))
+    shape = (lab.cfg.heads, -1)
+    weight = lab.model.blocks[i].attention.out.weight.detach().cpu().unflatten(1, shape) # (C, H, D)
+    return torch.einsum("...hd,chd->...hc", heads.unflatten(-1, shape), weight)
 
 
 def generator_of(p):
-    """A residue whose powers are all nonzero residues: the paper's 27 for p = 29, else the least."""
+    """A residue whose powers are all nonzero ones: the paper's 27 for p = 29, else the least."""
     return next(b for b in ([27] if p == 29 else range(2, p + 1))
                 if len({pow(b, k, p) for k in range(p - 1)}) == p - 1)
 
@@ -148,7 +148,7 @@ def table(title, header, rows, note=""):
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     print(f"\n{title}\n" + "-" * len(title) + (f"\n{note}" if note else ""))
     for row in cells:
-        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]))
+        print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
 
 # -------------------------------------------------------------------------------------------------
 # Accuracy over shots, and what memory alone could do (figure 1c)
@@ -192,10 +192,10 @@ def show_shots(lab, found):
     whos = ["model", "ratio", "regression", "memory", "best fit"]
     table(f"Accuracy after {lab.k - 1} shots, in %: all queries, then novel ones",
           ["", *whos, *whos],
-          [[name.replace("_", " "), *(float(curves[who][novel, -1]) for novel in (0, 1) for who in whos)]
+          [[name.replace("_", " "), *(float(curves[who][n, -1]) for n in (0, 1) for who in whos)]
            for name, curves in found.items()],
-          f"chance {100 / lab.p:.1f}; memory: the best an exact memory of the {len(lab.split['id'])} "
-          f"pre-training tasks could do; best fit: those of them that fit the most examples")
+          f"chance {100 / lab.p:.1f}; memory: what an exact memory of the {len(lab.split['id'])} "
+          f"pre-training tasks could do;\nbest fit: those of them that fit the most examples")
 
 
 def draw_shots(plt, lab, found):
@@ -204,8 +204,9 @@ def draw_shots(plt, lab, found):
         for who, colour in (("regression", GREEN), ("ratio", ORANGE), ("best fit", GREY)):
             ax.plot(100 * found[f"test_ood_{side}"][who][1], "--", color=colour, label={
                 "regression": "Modular Regression", "ratio": "Ratio Matching"}.get(who, "memory"))
-        ax.plot(100 * found[f"id_{side}"]["model"][1], color=GREY, label="model, i.d. tasks")
-        ax.plot(100 * found[f"test_ood_{side}"]["model"][1], color=BLUE, label="model, o.o.d. tasks")
+        for kind, colour, label in (("id", GREY, "i.d."), ("test_ood", BLUE, "o.o.d.")):
+            ax.plot(100 * found[f"{kind}_{side}"]["model"][1], color=colour,
+                    label=f"model, {label} tasks")
         ax.set(title=f"{side} inputs", xlabel="shots")
     axes[0].set_ylabel("accuracy on novel queries (%)")
     axes[1].legend(fontsize=8, loc="center right")
@@ -251,7 +252,7 @@ def measure_skills(lab):
         found["error"].append((spread / counted).sqrt())
         found["right"].append(right[0].view(p, p))
         found["skill"].append(skill[0].view(p, p))
-    chosen = is_skill[:, None] * kinds[None, :, :, None]                             # (n, 3, p*p, 4)
+    chosen = is_skill[:, None] * kinds[None, :, :, None]                         # (n, 3, p*p, 4)
     found["zeros"] = (chosen * right[:, None, :, None]).sum((0, 2)) / chosen.sum((0, 2))
     return {"shots": shots, "contexts": n} | {
         name: (torch.stack(v) if isinstance(v, list) else v).numpy() for name, v in found.items()}
@@ -272,22 +273,24 @@ def show_skills(lab, found):
 def draw_skills(plt, lab, found):
     fig, ax = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for skill, colour in ((0, GREY), (1, ORANGE), (2, GREEN)):
-        ax.errorbar(found["shots"], 100 * found["accuracy"][:, skill], 100 * found["error"][:, skill],
-                    color=colour, capsize=2, label=("copies", "Ratio Matching answers them",
-                                                    "only Modular Regression does")[skill])
+        ax.errorbar(found["shots"], 100 * found["accuracy"][:, skill],
+                    100 * found["error"][:, skill], color=colour, capsize=2,
+                    label=("copies", "Ratio Matching", "only Modular Regression")[skill])
     ax.axhline(100 / lab.p, color="black", lw=0.8, ls=":", label="chance")
     ax.set(xlabel="shots", ylabel="accuracy (%)", ylim=(0, 104))
     ax.legend(fontsize=8, title="queries by what answers them", title_fontsize=8)
     chosen = [found["shots"].index(s) for s in (1, 2, 12, lab.k - 1) if s in found["shots"]]
-    grid, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen), 6.4), layout="constrained")
+    grid, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen), 6.4),
+                              layout="constrained")
     for column, i in zip(axes.T, chosen):
         right, can = found["right"][i].astype(float), (found["skill"][i] < 2).astype(float)
         for ax, image, name in zip(column, (right, can, right - can), (
                 "answered right", "Ratio Matching can", "difference")):
             ax.imshow(image.T, origin="lower", vmin=-1, vmax=1, cmap="RdBu_r")
             ax.set(xlabel="x", ylabel="y")
-            ax.set_title(f"{found['shots'][i]} shot{'s' * (found['shots'][i] > 1)}: {name}", fontsize=8)
-    grid.suptitle("One context, all queries (red: yes; blue: not, though Ratio Matching can)", fontsize=9)
+            ax.set_title(f"shots: {found['shots'][i]}; {name}", fontsize=8)
+    grid.suptitle("One context, all queries (red: yes; blue: no, though Ratio Matching can)",
+                  fontsize=9)
     return {"skills": fig, "skill_grid": grid}
 
 # -------------------------------------------------------------------------------------------------
@@ -366,7 +369,7 @@ def draw_attention(plt, lab, found):
 # -------------------------------------------------------------------------------------------------
 
 def plane_of(points):
-    """Points (n, d) -> their first two principal components as complex numbers (n,), their share."""
+    """Points (n, d) -> first two principal components as complex numbers (n,), and their share."""
     points = points.double() - points.double().mean(0)
     u, s, _ = torch.linalg.svd(points, full_matrices=False)
     scores, share = u * s, s.square() / s.square().sum().clamp(min=1e-30)
@@ -439,8 +442,8 @@ def show_pca(lab, found):
     table(f"PCA of heads' outputs: share of the plane that is one circle, or two, in %",
           ["head", "plane", "by log: 1", "null", "2", "null", "by residue: 1", "null", "2", "null",
            "frequency"], rows,
-          f"plane: variance of two components; null: 95% of {NULLS} random orders, for the last row "
-          f"of the best head's; mean of {CONTEXTS} contexts. p of the best circle by log "
+          f"plane: variance of two components; null: 95% of {NULLS} random orders, in the last row "
+          f"of the best head's;\nmean of {CONTEXTS} contexts; p of the best circle by log "
           f"{found['best of all']['multiplicative']['one']['p']:.3f}, by residue "
           f"{found['best of all']['additive']['one']['p']:.3f}")
 
@@ -467,7 +470,8 @@ def draw_pca(plt, lab, found):
         ax.set(title=title, xlabel="first component", ylabel="second component")
     row = found["heads"][head]["multiplicative"]["one"]
     fig.suptitle(f"Head {head.split()[0]} at {' and '.join(head.split()[1])}, one context: the "
-                 f"clearest circle by logarithm ({100 * row['value']:.0f}% of the plane)", fontsize=10)
+                 f"clearest circle by logarithm ({100 * row['value']:.0f}% of the plane)",
+                 fontsize=10)
     return {"pca": fig}
 
 # -------------------------------------------------------------------------------------------------
@@ -492,7 +496,7 @@ def spectrum(f, order_x, order_y):
 
 def one_frequency(fs, order_x, order_y):
     """
-    Of functions, a list over contexts of (p, p, n): how many have one frequency, and the ratio's share.
+    How many functions, a list over contexts of (p, p, n), have one frequency; the ratio's share.
 
     Returns (number whose strongest entry of the mean spectrum has at least ONE_FREQUENCY, share of
     the power in characters (k, -k), which depend on x/y, or x - y, alone, the mean spectrum).
@@ -518,11 +522,17 @@ def measure_fourier(lab):
         found[name] = {"n": functions[0].size(-1)}
         for group in GROUPS:
             pairs = zip(orders(group, lab.p, lab.nulls), orders(group, lab.p, lab.nulls, SEED + 1))
-            counts, ratios, spectra = zip(*((c, r, s if n == 0 else None) for n, (c, r, s) in enumerate(
-                one_frequency(functions, *pair) for pair in pairs)))
+            counts, ratios, spectra = [], [], []
+            for pair in pairs:
+                count, ratio, shares = one_frequency(functions, *pair)
+                counts.append(count)
+                ratios.append(ratio)
+                spectra = spectra or [shares]                # of the true order, the first
             found[name][group] = {
-                "count": against_null(torch.tensor(counts)), "ratio": against_null(torch.tensor(ratios)),
-                "spectrum": spectra[0].mean(-1).numpy(), "strongest": spectra[0].amax((0, 1)).numpy()}
+                "count": against_null(torch.tensor(counts)),
+                "ratio": against_null(torch.tensor(ratios)),
+                "spectrum": spectra[0].mean(-1).numpy(),
+                "strongest": spectra[0].amax((0, 1)).numpy()}
     return found
 
 
@@ -580,9 +590,8 @@ def ratio_gap(similarity, p, renamed=None):
 
 
 def measure_similarity(lab):
-    """ratio_gap of each layer's and head's output, standardized, at y and z: {"where": against null}."""
-    renamings = torch.cat((torch.zeros(lab.nulls + 1, 1, dtype=torch.long), orders(
-        "additive", lab.p - 1, lab.nulls) + 1), dim=1)                               # 0 keeps its name
+    """ratio_gap of each layer's and head's output, standardized, at y and z, against its null."""
+    renamings = F.pad(orders("additive", lab.p - 1, lab.nulls) + 1, (1, 0))          # 0 stays 0
     found, images = {}, {}
     for i in range(lab.cfg.depth):
         for position, at in (("y", 1), ("z", 2)):
@@ -600,7 +609,7 @@ def measure_similarity(lab):
 
 
 def show_similarity(lab, found):
-    table("Cosine similarity of outputs: inputs of equal ratio y/x less inputs of unequal, times 100",
+    table("Cosine similarity of outputs, times 100: inputs of equal ratio y/x less unequal",
           ["output", "gap", "null", "p"],
           [[name, r["value"], r["null"], f"{r['p']:.3f}"] for name, r in found["gaps"].items()],
           f"null: 95% of {lab.nulls} random renamings of x")
@@ -659,7 +668,8 @@ def answers_with(lab, tokens, values, replaced):
                     x[:, at, named[part][1]] = values[site][rows, at, named[part][1]]
             return x
         return put
-    with intercept({modules[site]: change(site) for site in {named[part][0] for part, _ in replaced}}):
+    changed = {named[part][0] for part, _ in replaced}
+    with intercept({modules[site]: change(site) for site in changed}):
         return answers(lab, tokens)
 
 
@@ -679,7 +689,8 @@ def measure_ablation(lab):
     def score(kind, replaced):
         tokens = lab.sequences(kind)
         counts = skill_of(tokens, lab.p) == 1
-        return (answers_with(lab, tokens, means, replaced) == tokens[:, 2::3])[counts].float().mean().item()
+        right = answers_with(lab, tokens, means, replaced) == tokens[:, 2::3]
+        return right[counts].float().mean().item()
     heads = [part for part in parts_of(lab) if part.startswith("head")]
     before = score("val_ood", [])
     kept = [h for h in heads if score("val_ood", [(h, slice(None))]) < before - 0.1]
@@ -713,14 +724,14 @@ def draw_ablation(plt, lab, found):
 # -------------------------------------------------------------------------------------------------
 
 def on_line(tokens, p):
-    """Which earlier examples are multiples (not by 0) of the last query: (B, 3k) -> bool (B, k - 1)."""
+    """Which earlier examples are nonzero multiples of the last query: (B, 3k) -> (B, k - 1)."""
     xy = tokens.unflatten(1, (-1, 3))[..., :2]
     (x, y), (u, v) = xy[:, -1:].unbind(-1), xy[:, :-1].unbind(-1)
     return ((x * v - y * u) % p == 0) & ((u > 0) | (v > 0)) & ((x > 0) | (y > 0))
 
 
 def pick(lab, shots, lines, n=SEQUENCES):
-    """Up to n sequences of o.o.d. tasks, novel nonzero queries with that many examples on their line."""
+    """Up to n sequences of o.o.d. tasks, the novel query with that many examples on its line."""
     tasks, inputs = contexts(lab, "test_ood", 40 * n, shots + 1)
     tokens = g.to_tokens(tasks, inputs, lab.p)
     good = (on_line(tokens, lab.p).sum(1) == lines) & g.novel_queries(tokens)[:, -1]
@@ -745,13 +756,14 @@ def measure_labels(lab):
     p, rng = lab.p, torch.Generator().manual_seed(SEED)
 
     def moved(tokens, which):
-        """(how far the answer moves, delta) when the example which (B,) of each sequence is changed."""
+        """(how far the answer moves, delta) when the example which (B,) is changed."""
         delta = torch.randint(1, p, (len(tokens),), generator=rng)
         changed, rows = tokens.clone(), torch.arange(len(tokens))
         changed[rows, 3 * which + 2] = (changed[rows, 3 * which + 2] + delta) % p
         before, after = (answers(lab, t.to(lab.device))[:, -1].cpu() for t in (tokens, changed))
         return (after - before) % p, delta
-    found = {"shots": [s for s in (1, 2, 4, 8, 16) if s < lab.k - 1] + [lab.k - 1], "on": [], "off": []}
+    found = {"shots": [s for s in (1, 2, 4, 8, 16) if s < lab.k - 1] + [lab.k - 1]}
+    found |= {"on": [], "off": []}
     for shots in found["shots"]:
         tokens = pick(lab, shots, 1)
         line = on_line(tokens, p).int()
@@ -784,7 +796,7 @@ def show_labels(lab, found):
 
 def measure_patching(lab):
     """
-    {part: {positions: share of last queries answered as the other task would}}, and "own", unpatched.
+    {part: {positions: share of last queries answered as the other task would}}; "own": unpatched.
 
     Both runs have the same inputs and query, on tasks (a, b) and (a', b'); queries are those that
     Ratio Matching can answer, novel, and whose z differs between the two.
@@ -795,9 +807,12 @@ def measure_patching(lab):
     good = (skill_of(ours, lab.p)[:, -1] == 1) & (ours[:, -1] != theirs[:, -1])
     ours, theirs = ours[good].to(lab.device), theirs[good].to(lab.device)
     values = site_values(lab, theirs)
-    found = {part: {name: (answers_with(lab, ours, values, [(part, at)])[:, -1] == theirs[:, -1])
-                    .float().mean().item() for name, at in POSITIONS.items()} for part in parts_of(lab)}
-    return {"own": (answers(lab, ours)[:, -1] == ours[:, -1]).float().mean().item(), "other": found}
+
+    def share(replaced, z):
+        return (answers_with(lab, ours, values, replaced)[:, -1] == z).float().mean().item()
+    return {"own": share([], ours[:, -1]), "other": {part: {
+        name: share([(part, at)], theirs[:, -1]) for name, at in POSITIONS.items()}
+        for part in parts_of(lab)}}
 
 
 def show_patching(lab, found):
@@ -828,7 +843,7 @@ def measure_frequencies(lab):
     Accuracy on ratio queries without zeros when a site keeps n characters of each of its functions.
 
     The site is filtered at the query's y, over all queries after a context. The strongest
-    characters are chosen on contexts of validation tasks. {site: {group or "random": (len(KEPT),)}};
+    characters are chosen on contexts of validation tasks. {site: {group or "random": list}};
     random: as many characters of the multiplicative group, any of them.
     """
     p, rng = lab.p, torch.Generator().manual_seed(SEED)
@@ -866,8 +881,9 @@ def measure_frequencies(lab):
 def show_frequencies(lab, found):
     table("Accuracy on ratio queries, in %, with only so many characters of each function kept",
           ["site, group", *map(str, KEPT)],
-          [[f"{site}, {group}", *row] for site, groups in found.items() for group, row in groups.items()],
-          "at the query's y; strongest first, chosen on validation tasks; random: multiplicative ones")
+          [[f"{site}, {group}", *row] for site, groups in found.items()
+           for group, row in groups.items()],
+          "at the query's y; the strongest on validation tasks; random: multiplicative ones")
 
 # -------------------------------------------------------------------------------------------------
 # Progress over training, from the snapshots of grok_icl.py --snapshots
@@ -923,12 +939,14 @@ def measure_progress(lab):
 def show_progress(lab, found):
     if not found:
         return print("\nprogress: no step*.pt beside the checkpoint; train with --snapshots")
-    table("Over training, in %: accuracy by skill on validation tasks, attention to the line, circle, "
-          "and z up to a subgroup", ["step", *SKILLS[:3], "line", "circle", *(
-              f"order {d}" for d in subgroup_orders(lab.p)[:-1])],
-          [[str(s), *map(float, a[:3]), float(line), float(c), *map(float, sub[:-1])] for s, a, line, c, sub in
-           zip(*(found[n] for n in ("step", "accuracy", "line", "circle", "subgroup")))],
-          f"circle: head {found['head']}; subgroups: one-line sequences, by chance d / {lab.p - 1}")
+    rows = zip(*(found[n] for n in ("step", "accuracy", "line", "circle", "subgroup")))
+    table("Over training, in %", ["step", *SKILLS[:3], "line", "circle", *(
+        f"order {d}" for d in subgroup_orders(lab.p)[:-1])],
+        [[str(s), *map(float, a[:3]), float(line), float(c), *map(float, sub[:-1])]
+         for s, a, line, c, sub in rows],
+        f"accuracy by skill on validation tasks; line: attention to it, 100 is even; circle: head "
+        f"{found['head']};\norder: one-line sequences, answer / z in the subgroup of that order, "
+        f"by chance order / {lab.p - 1}")
 
 
 def draw_progress(plt, lab, found):
@@ -941,8 +959,10 @@ def draw_progress(plt, lab, found):
     for d, values in zip(subgroup_orders(lab.p)[:-1], found["subgroup"].T):
         axes[1].plot(found["step"], 100 * values, label=f"order {d}")
     axes[1].set(title="one-line sequences: z up to a subgroup", ylabel="%")
-    axes[2].plot(found["step"], 100 * found["circle"], color=BLUE, label=f"circle, head {found['head']} (%)")
-    axes[2].plot(found["step"], 10 * found["line"], color=ORANGE, label="attention to the line (tenths of even)")
+    axes[2].plot(found["step"], 100 * found["circle"], color=BLUE,
+                 label=f"circle, head {found['head']} (%)")
+    axes[2].plot(found["step"], 10 * found["line"], color=ORANGE,
+                 label="attention to the line (tenths of even)")
     axes[2].set(title="circle and attention")
     for ax in axes:
         ax.set_xlabel("training step")
@@ -953,12 +973,13 @@ def draw_progress(plt, lab, found):
 # Phases of many runs (figure 1b)
 # -------------------------------------------------------------------------------------------------
 
-PHASES = {"in-distribution memorization": ("IM", GREY), "in-distribution generalization": ("IG", "#56B4E9"),
-          "o.o.d. memorization": ("OM", ORANGE), "o.o.d. generalization": ("OG", GREEN)}
+PHASES = {"in-distribution memorization": ("IM", GREY), "o.o.d. memorization": ("OM", ORANGE),
+          "in-distribution generalization": ("IG", "cyan"),
+          "o.o.d. generalization": ("OG", GREEN)}
 
 
 def measure_phases(folders):
-    """{(alpha, tasks): phase} of the best checkpoint of every run under the folders, on validation."""
+    """{(alpha, tasks): phase} of every run under the folders, by its validation tasks."""
     found = {}
     for folder in folders:
         for file in sorted(glob.glob(os.path.join(folder, "**", "best.pt"), recursive=True)):
@@ -968,7 +989,8 @@ def measure_phases(folders):
             ratio = [g.oracle_accuracy(tokens, cfg.p)[0][1, -1].item() for tokens in sets.values()]
             if (cfg.alpha, cfg.tasks) in found:
                 raise ValueError(f"{file}: a second run of alpha {cfg.alpha} and {cfg.tasks} tasks")
-            found[cfg.alpha, cfg.tasks] = g.phase([row[f"{name}_novel"] for name in sets], ratio, cfg.p)
+            model = [row[f"{name}_novel"] for name in sets]
+            found[cfg.alpha, cfg.tasks] = g.phase(model, ratio, cfg.p)
     if not found:
         raise ValueError(f"{' '.join(folders) or 'phases'}: no run (a folder with best.pt) there")
     return found
@@ -978,19 +1000,21 @@ def show_phases(found):
     alphas, tasks = (sorted({key[i] for key in found}) for i in (0, 1))
     table("Phases", ["alpha", *map(str, tasks)], [
         [str(a), *(PHASES.get(found.get((a, n)), ("?",))[0] for n in tasks)] for a in alphas[::-1]],
-        "by validation tasks; I, O: i.d., o.o.d.; M, G: memorization, generalization; ?: none of these")
+        "I, O: i.d., o.o.d.; M, G: memorization, generalization; ?: none of these")
 
 
 def draw_phases(plt, found):
     alphas, tasks = (sorted({key[i] for key in found}) for i in (0, 1))
-    fig, ax = plt.subplots(figsize=(1.8 + 0.8 * len(tasks), 1.4 + 0.6 * len(alphas)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(1.8 + 0.8 * len(tasks), 1.4 + 0.6 * len(alphas)),
+                           layout="constrained")
     for (alpha, n), name in found.items():
         letters, colour = PHASES.get(name, ("?", "white"))
         x, y = tasks.index(n), alphas.index(alpha)
         ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=colour))
         ax.text(x, y, letters, ha="center", va="center")
-    ax.set(xlim=(-0.5, len(tasks) - 0.5), ylim=(-0.5, len(alphas) - 0.5), xlabel="pre-training tasks",
-           ylabel="alpha", title="I/O: i.d./o.o.d.; M/G: memorization/generalization")
+    ax.set(xlim=(-0.5, len(tasks) - 0.5), ylim=(-0.5, len(alphas) - 0.5),
+           xlabel="pre-training tasks", ylabel="alpha",
+           title="I/O: i.d./o.o.d.; M/G: memorization/generalization")
     ax.set_xticks(range(len(tasks)), tasks)
     ax.set_yticks(range(len(alphas)), alphas)
     return {"phases": fig}
@@ -1021,8 +1045,8 @@ def open_lab(path, device="cpu"):
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     device = g.pick_device(device)
     checkpoint, cfg, model = g.load_checkpoint(file, device)
-    lab = SimpleNamespace(folder=os.path.dirname(file), model=model, cfg=cfg, device=device, p=cfg.p,
-                          split=checkpoint["split"], k=cfg.examples, nulls=NULLS)
+    lab = SimpleNamespace(folder=os.path.dirname(file), model=model, cfg=cfg, device=device,
+                          p=cfg.p, k=cfg.examples, split=checkpoint["split"], nulls=NULLS)
 
     def sequences(kind):
         sets = g.eval_sequences(lab.split, kind, SEQUENCES // 2, lab.k, lab.p, SEED)
@@ -1055,7 +1079,7 @@ def main(argv=None):
     def refuse(message):
         raise ValueError(message)
     parser = argparse.ArgumentParser(description="Look inside a trained model.", allow_abbrev=False,
-                                     usage="analyze.py RUN|FILE [part ...] | analyze.py phases DIR ...")
+                                     usage="analyze.py RUN|FILE [part ...] | phases DIR ...")
     parser.error = refuse
     parser.add_argument("path", metavar="RUN|FILE", help="a run's folder, a checkpoint, or: phases")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")

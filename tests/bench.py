@@ -1,17 +1,14 @@
 """
-How fast is a training step, and how far is it from what the machine can do?
+How fast is a training step, and what are its parts worth?
 
     python tests/bench.py                                       the default, all lines, all examples
     python tests/bench.py --preset paper --tasks 64 --batch 64  the paper's model on a CPU
     python tests/bench.py --preset paper --tasks 64 --batch 64 --authors DIR
 
-Takes the flags of grok_icl.py and trains for some steps, at the peak rate and past the curriculum,
-without writing anything. Variants take turns, step by step, within one run, so that a busy machine
-is busy for all of them; each has the median, lowest and highest of its ratios to the step as
-trained. Run by hand; pytest does not collect it.
-
-DIR is a copy of https://github.com/ablghtianyi/ICL_Modular_Arithmetic (needs pandas, schedulefree
-and rotary_embedding_torch): its data loader, model, loss and metrics run in its own training loop.
+Takes the flags of grok_icl.py and trains for some steps past the curriculum, without writing. Variants
+take turns, step by step, so that a busy machine is busy for all. Run by hand, not by pytest. DIR is a copy
+of https://github.com/ablghtianyi/ICL_Modular_Arithmetic (needs pandas, schedulefree and
+rotary_embedding_torch): its data loader, model, loss and metrics run in its own training loop.
 """
 import argparse
 import copy
@@ -20,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -31,26 +27,16 @@ import grok_icl as g  # noqa: E402
 
 def operations(cfg, batch, k):
     """
-    Floating-point operations of the matrix products in a training step on batch sequences of k examples.
+    Floating-point operations of the matrix products in a step on batch sequences of k examples.
 
-    Forward, with N = batch (3k - 1) positions of which Q = batch k predict a z, length T = 3k - 1, width
-    C, a multiplication and an addition counted as two; in the last block only Q positions ask:
-
-        keys, values              4 C^2 for each of N positions
-        queries, output, MLP      20 C^2 for each position that asks
-        attention                 4 T C for each position that asks: q.k and the weighted sum
-        logits                    2 C p for each z
-
-    The backward pass is twice that. Not counted: LayerNorm, softmax, rotation, and the optimizer.
+    Forward, for each position: keys and values, 4 C^2; where it asks (in the last block at y alone)
+    queries, output and MLP, 20 C^2, and attention, 4 T C; 2 C p for each z. Backward: twice that.
     """
     C, T = cfg.embd, 3 * k - 1
     N, Q = batch * T, batch * k
     asking = (cfg.depth - 1) * N + Q
     return 3 * (cfg.depth * N * 4 * C * C + asking * (20 * C * C + 4 * T * C) + 2 * C * cfg.p * Q)
 
-# -------------------------------------------------------------------------------------------------
-# Variants
-# -------------------------------------------------------------------------------------------------
 
 class FusedAttention(g.Attention):
     """The same with torch's fused kernel in place of q.k, mask, softmax and weighted sum."""
@@ -93,7 +79,8 @@ class Stepper:
         self.run.model = change(self.run.model)
         self.run.optimizers = g.make_optimizers(self.run.model, cfg)
         self.model = torch.compile(self.run.model) if compiled else self.run.model
-        self.autocast = self.run.autocast if autocast else nullcontext()
+        off = torch.autocast(self.device.type, enabled=False)
+        self.autocast = self.run.autocast if autocast else off
         self.split = {name: pairs.to(self.device) for name, pairs in self.run.split.items()}
         self.line = g.line_of(self.split["train_inputs"], cfg.p)
 
@@ -102,11 +89,9 @@ class Stepper:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def batch(self):
-        return g.training_batch(self.split, self.line, self.cfg, self.cfg.p + 1, self.run.generator)
-
     def step(self):
-        run, batch = self.run, self.batch()
+        run = self.run
+        batch = g.training_batch(self.split, self.line, self.cfg, self.cfg.p + 1, run.generator)
         with self.autocast:
             loss = self.loss(self.model, batch)
         run.scaler.scale(loss).backward()
@@ -123,34 +108,13 @@ class Stepper:
         return (self.now() - begin) / n
 
 
-def product_rate(stepper):
-    """Operations a second of a large square matrix product, in the type that training uses."""
-    n = 8192 if stepper.device.type == "cuda" else 2048
-    a, b, best = torch.randn(n, n, device=stepper.device), torch.randn(n, n, device=stepper.device), 0
-    with stepper.autocast:
-        dtype = (a[:8, :8] @ b[:8, :8]).dtype
-    a, b = a.to(dtype), b.to(dtype)
-    for _ in range(6):                                # the first one warms up
-        begin = stepper.now()
-        a @ b
-        best = max(best, 2 * n ** 3 / (stepper.now() - begin))
-    return best
-
-
 def spread(values):
-    return f"{statistics.median(values):6.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
-# -------------------------------------------------------------------------------------------------
-# The authors' code
-# -------------------------------------------------------------------------------------------------
 
 def against_authors(folder, cfg, ours, rounds, block):
-    """
-    Seconds a step of the authors' training loop and of ours, taken in turn: two lists.
-
-    Their loop asks our iterator for each batch. There we time what it did since the last one, run our
-    own steps, and then time their loader making the next batch.
-    """
+    """Seconds a step of the authors' loop and of ours, in turn: two lists. Theirs asks our iterator
+    for each batch; there we time its last step, run our own, and time its loader's next batch."""
     sys.path[:0] = [folder, os.path.join(folder, "pre_training")]
     sys.argv, argv = sys.argv[:1], sys.argv
     import icl_grokking as theirs
@@ -197,48 +161,39 @@ def against_authors(folder, cfg, ours, rounds, block):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time a training step; takes the flags of grok_icl.py too.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Takes the flags of grok_icl.py too.", allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=10, help="how often each variant takes its turn [10]")
     parser.add_argument("--authors", metavar="DIR", help="a copy of the authors' code, to run beside ours")
     own, rest = parser.parse_known_args()
-    try:
-        cfg, _ = g.parse_config([*rest, "--out", os.path.join(tempfile.mkdtemp(), "run")])
-    except ValueError as e:
-        sys.exit(f"error: {e}")
+    cfg, _ = g.parse_config([*rest, "--out", os.path.join(tempfile.gettempdir(), "never made")])
     on_gpu = g.pick_device(cfg.device).type == "cuda"
     compiled = cfg.compile == "on" or cfg.compile == "auto" and on_gpu
     block, batch = 20 if on_gpu else 1, cfg.per_task * cfg.tasks
-    trained = Stepper(cfg, compiled=compiled)
-    variants = {"last block at every position": dict(loss=everywhere_loss),
-                "fused attention": dict(change=with_fused_attention),
-                "no autocast": dict(autocast=False)}
+    steppers = {"as trained": Stepper(cfg, compiled=compiled),
+                "last block at every position": Stepper(cfg, loss=everywhere_loss, compiled=compiled),
+                "fused attention": Stepper(cfg, with_fused_attention, compiled=compiled),
+                "no autocast": Stepper(cfg, autocast=False, compiled=compiled)}
     if compiled:
-        variants["not compiled"] = dict(compiled=False)
-    variants = {name: Stepper(cfg, **{"compiled": compiled, **change}) for name, change in variants.items()}
-    print(f"{trained.device}, torch {torch.__version__}, {torch.get_num_threads()} threads; p {cfg.p}, {cfg.tasks} tasks, "
-          f"depth {cfg.depth}, width {cfg.embd}, {cfg.examples} examples, batch {batch}, {cfg.optimizer}", flush=True)
-    for stepper in (trained, *variants.values()):
+        steppers["not compiled"] = Stepper(cfg)
+    print(f"{steppers['as trained'].device}, torch {torch.__version__}, {torch.get_num_threads()} threads; p {cfg.p}, "
+          f"{cfg.tasks} tasks, depth {cfg.depth}, width {cfg.embd}, batch {batch}, {cfg.optimizer}", flush=True)
+    for stepper in steppers.values():
         stepper.several(2 * block)                            # warm-up and compilation
-    seconds, rates, ratios = [], [], {name: [] for name in variants}
+    seconds = {name: [] for name in steppers}
     for _ in range(own.rounds):
-        seconds.append(trained.several(block))
-        for name, stepper in variants.items():
-            ratios[name].append(stepper.several(block) / seconds[-1])
-        rates.append(product_rate(trained))
-    second, rate = statistics.median(seconds), statistics.median(rates)
-    print(f"step                {1e3 * second:8,.1f} ms ({1e3 * min(seconds):,.1f} to {1e3 * max(seconds):,.1f})")
-    for k in sorted({min(cfg.examples, k) for k in (8, 16, 32)}):
-        print(f"operations a step   {operations(cfg, batch, k):8.3g} with {k} examples")
+        for name, stepper in steppers.items():
+            seconds[name].append(stepper.several(block))
+    trained = seconds.pop("as trained")
     done = operations(cfg, batch, cfg.examples)
-    print(f"achieved            {done / second / 1e9:8,.0f} GFLOP/s, {done / second / rate:.0%} of a large matrix product "
-          f"({rate / 1e9:,.0f})\n\ntime of a step, as a multiple of the step as trained: median (lowest to highest)")
-    for name, values in ratios.items():
-        print(f"  {name:30} {spread(values)}")
+    print(f"step, {cfg.examples} examples: {spread([1e3 * s for s in trained])} ms, "
+          f"{done / statistics.median(trained) / 1e9:,.0f} GFLOP/s")
+    print("operations with 8, 16, 32 examples: " + ", ".join(f"{operations(cfg, batch, k):.3g}" for k in (8, 16, 32)))
+    print("time of a step, as a multiple of the step as trained: median (lowest to highest)")
+    for name, values in seconds.items():
+        print(f"  {name:30} {spread([v / t for v, t in zip(values, trained)])}")
     if own.authors:
-        theirs, ours = against_authors(own.authors, cfg, trained, own.rounds, block)
-        print(f"authors' step {1e3 * statistics.median(theirs):,.1f} ms, ours {1e3 * statistics.median(ours):,.1f} ms, "
-              f"ratio {spread([a / b for a, b in zip(theirs, ours)])}")
+        theirs, ours = against_authors(own.authors, cfg, steppers["as trained"], own.rounds, block)
+        print(f"  {'the authors code':30} {spread([a / b for a, b in zip(theirs, ours)])}")
 
 
 if __name__ == "__main__":

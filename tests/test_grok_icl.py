@@ -178,10 +178,10 @@ def paced(share, looks, lines=1, p=5):
 
 
 def test_the_curriculum_paces_itself():
-    """1 - 0.7 ** n passes 0.85 at n = 6; then it starts anew, and ends with all lines."""
-    assert paced(1.0, 19) == [1] * 5 + [2] * 6 + [4] * 6 + [6] * 2
-    assert paced(0.84, 50) == [1] * 50                                       # never mastered
-    assert paced(0.87, 50)[-1] > 1
+    """1 - 0.7 ** n passes 0.75 at n = 4; then it starts anew, and ends with all lines."""
+    assert paced(1.0, 13) == [1] * 3 + [2] * 4 + [4] * 4 + [6] * 2
+    assert paced(0.74, 50) == [1] * 50                                       # never mastered
+    assert paced(0.77, 50)[-1] > 1
 
 
 def test_evaluation_sets_hold_what_their_names_say():
