@@ -32,7 +32,7 @@ import grok_icl as g
 
 SEED = 7                      # of the contexts and of the random orders
 CONTEXTS = 4                  # over which pca, fourier and similarity are averaged
-SEQUENCES = 512               # for attention, ablation, labels and patching
+SEQUENCES = 256               # for attention, ablation, labels and patching
 NULLS = 200                   # random orders of the residues: a p-value can be as low as 1 / 201
 ONE_FREQUENCY = 0.5           # share of its variance from which a neuron counts as one-frequency
 GROUPS = ("multiplicative", "additive")
@@ -174,8 +174,7 @@ def memory_scores(tokens, tasks, p, best_fit=False):
 
 def measure_shots(lab):
     """Accuracy on the four sets, over all and novel queries: {set: {who: (2, k)}}."""
-    sets = g.eval_sequences(lab.split, "test_ood", g.REPORT_SEQUENCES, lab.k, lab.p,
-                            lab.cfg.seed + 2)
+    sets = g.eval_sequences(lab.split, "test_ood", 4 * SEQUENCES, lab.k, lab.p, lab.cfg.seed + 2)
     found, tasks = {}, lab.split["id"].to(lab.device)
     for name, tokens in sets.items():
         tokens = tokens.to(lab.device)
@@ -325,7 +324,7 @@ def attention_to(weights, tokens, p):
 @torch.no_grad()
 def measure_attention(lab):
     """attention_to of each head on o.o.d. tasks, and mean maps (L, H, 15, 15) of five examples."""
-    tokens = lab.sequences("test_ood")[:256]
+    tokens = lab.sequences("test_ood")
     at_y, maps = [[] for _ in lab.model.blocks], [[] for _ in lab.model.blocks]
 
     def keep(scores, i):
