@@ -92,7 +92,7 @@ FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
 
 # A preset replaces defaults; a flag on the command line replaces the preset's value.
 PRESETS = {
-    "quick": dict(p=13, tasks=84, examples=16, embd=64, lr=0.008, batch=168, steps=1200),
+    "quick": dict(p=13, tasks=84, examples=16, embd=64, lr=0.008, batch=168, steps=2400),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)},
 }
 
