@@ -1,7 +1,7 @@
 """
 Look inside a model that grok_icl.py trained: which algorithm did it learn, and where?
 
-    python analyze.py assets/default.pt          everything, for one checkpoint
+    python analyze.py assets/p29.pt              everything, for one checkpoint
     python analyze.py out/RUN                    the same for a run's best checkpoint
     python analyze.py out/RUN skills pca         some parts only
     python analyze.py phases out/SWEEP           many runs: which phase has which (tasks, alpha)
@@ -861,7 +861,8 @@ def measure_frequencies(lab):
             shares[0, 0] = -1
             found[site][group] = []
             for n in KEPT:
-                mask = shares >= shares.flatten(0, 1).topk(2 * n, dim=0).values[-1]
+                mask = shares >= shares.flatten(0, 1).topk(
+                    min(2 * n, shares[..., 0].numel()), dim=0).values[-1]
                 right = asked = 0
                 for tokens in grids:
                     counts = (skill_of(tokens, p)[:, -1] == 1) & (x > 0) & (y > 0)
@@ -1064,6 +1065,8 @@ def save(out, found, figures):
             return f"in analysis.npz: {path}"
         if isinstance(value, dict):
             return {str(k): scalars(v, f"{path}/{k}" if path else str(k)) for k, v in value.items()}
+        if isinstance(value, list):
+            return [scalars(v, path) for v in value]
         return None if isinstance(value, float) and np.isnan(value) else value
     text = json.dumps(scalars(found, ""), indent=1)
     g.write_file(os.path.join(out, "analysis.json"), text.encode())

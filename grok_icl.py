@@ -12,8 +12,8 @@ The transformer reads worked examples of one task, three tokens each, and never 
 With few pre-training tasks it memorizes them. With many it learns to infer a task it has never
 trained on from the examples in front of it: in-context learning, out of distribution (o.o.d.).
 
-    python grok_icl.py --preset quick            p = 13, minutes on two CPU cores
-    python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, under half an hour
+    python grok_icl.py --preset quick            p = 13, about two minutes on a CPU
+    python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 20 minutes
     python grok_icl.py --preset paper            as published; wants a GPU
 
 Top to bottom: config, data, model, evaluation, training, files, command line.
@@ -65,7 +65,7 @@ class Config:
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
     wd: float = option(0.2, 2.0, "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(512, 1024, "sequences a step, made a multiple of --tasks", (1, 10**6))
-    steps: int = option(2200, 200_000, "training steps; the schedule ends here", (1, 10**9))
+    steps: int = option(2400, 200_000, "training steps; the schedule ends here", (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
     seed: int = option(0, 0, "seed of the split, the initial weights and the batches", (0, 2**62))
     # how it is run: what --resume may change
@@ -188,13 +188,13 @@ def training_batch(split, line, cfg, lines, generator):
     A balanced batch: cfg.per_task sequences of each pre-training task, (B, 3k) tokens.
 
     Inputs are drawn evenly, with replacement; line is line_of(split["train_inputs"]). In the
-    curriculum (lines <= p) each sequence keeps to that many lines, drawn for itself. On one line
+    curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line
     any example but (0, 0) answers any query by Ratio Matching: the model learns to divide. With
     more it must also find the example to divide by. On few lines few examples teach as much as
-    many, at a fraction of the cost: k is 4 for each line, at least 8, at most cfg.examples.
+    many, at a fraction of the cost: k is 4 * lines, at least 8 and at most cfg.examples.
 
-    The paper's tasks share the inputs of a batch: what tells sequences apart is then z alone. On a
-    single line, though, a task acts through its slope alone: p tasks would be all there are.
+    The paper's tasks share the inputs of a batch: what tells sequences apart is then z alone. But
+    on a line y = r x a task gives z = (a + b r) x: only p of them could be told apart.
     """
     tasks, inputs, k = split["id"], split["train_inputs"], min(cfg.examples, max(8, 4 * lines))
     n = cfg.per_task * (len(tasks) if not cfg.shared_inputs else 1)
@@ -204,8 +204,8 @@ def training_batch(split, line, cfg, lines, generator):
     if lines > cfg.p:                                        # there are p + 1: any input may appear
         chosen = draw(k)                                                             # (n, k)
     else:
-        allowed = (line[draw(lines)][:, :, None] == line).any(1)                     # (n, inputs)
-        chosen = torch.multinomial(allowed.float(), k, replacement=True, generator=generator)
+        allowed = torch.zeros(n, cfg.p + 1, device=line.device).scatter_(1, line[draw(lines)], 1)
+        chosen = torch.multinomial(allowed[:, line], k, replacement=True, generator=generator)
     if cfg.shared_inputs:
         chosen = chosen.repeat(len(tasks), 1)
     return to_tokens(tasks.repeat_interleave(cfg.per_task, 0), inputs[chosen], cfg.p)    # (B, 3k)
@@ -305,7 +305,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(cfg.embd)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                # the residual stream sums 2 * depth outputs; the paper scales down the MLPs'
+                # the residual stream sums 2 * depth outputs; the paper scales down the MLPs' share
                 shrink = math.sqrt(2 * cfg.depth) if name.endswith("mlp.down.weight") else 1
                 nn.init.normal_(weight, std=cfg.init_std / shrink)
 
@@ -341,7 +341,7 @@ def solvable(tokens, p):
 
     Ratio Matching answers (x, y) = c (x_i, y_i) with c z_i: it needs an earlier example other than
     (0, 0) on the query's line through the origin, or any at all for the query (0, 0). Modular
-    Regression combines examples: it needs that, or two earlier examples on different lines.
+    Regression combines examples: it needs that, or two on different lines, or the query (0, 0).
     """
     xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
     x, y = xy.unbind(-1)
@@ -675,9 +675,8 @@ def parse_config(argv=None):
     given.setdefault("out", os.path.join("out", "-".join(
         [preset, *(f"{name}{given[name]}" for name in FIXED if name in given)])))
     cfg, checkpoint = Config(**PRESETS.get(preset, {}) | given), None
-    last = os.path.join(cfg.out, "last.pt")
     if cfg.resume:
-        checkpoint, saved, _ = load_checkpoint(last)
+        checkpoint, saved, _ = load_checkpoint(os.path.join(cfg.out, "last.pt"))
         if checkpoint["history"]:                     # the closing report will want best.pt
             load_checkpoint(os.path.join(cfg.out, "best.pt"))
         cfg = replace(saved, **given | {"resume": False})
@@ -685,7 +684,7 @@ def parse_config(argv=None):
             if getattr(cfg, name) != getattr(saved, name):
                 raise ValueError(f"{flag(name)} {getattr(cfg, name)}: the run in {cfg.out} has "
                                  f"{getattr(saved, name)}, and --resume can't change it")
-    elif os.path.exists(last):
+    elif any(os.path.exists(os.path.join(cfg.out, name)) for name in ("last.pt", "best.pt")):
         raise ValueError(f"--out {cfg.out}: holds a run; --resume continues it, another --out "
                          f"starts anew")
     validate(cfg)
@@ -711,6 +710,7 @@ def validate(cfg):
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
     need(cfg.embd % (2 * cfg.heads) == 0, "embd",
          f"a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
+    need(cfg.per_task * cfg.tasks % rank_and_world()[1] == 0, "batch", "shared by all processes")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup ({cfg.warmup})")
     need(pick_device(cfg.device).type == "cuda" or cfg.amp != "fp16", "amp",
          "auto, bf16 or off without a CUDA device")

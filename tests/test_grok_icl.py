@@ -658,6 +658,12 @@ def test_every_flag_refuses_what_it_cannot_be(flag, value, tmp_path, monkeypatch
     assert value in err or flag != "--device" and float(value) == math.inf and "inf" in err
 
 
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="--batch 16"):
+        g.parse_config(TINY_FLAGS)
+
+
 class Exploit:
     def __reduce__(self):
         return os.mkdir, ("pwned",)
