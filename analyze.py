@@ -463,13 +463,14 @@ def draw_pca(plt, lab, found):
         at = plane[(x == v) & (y > 0)].mean(0)
         axes[2].text(*at, str(v), ha="center", va="center", fontsize=8,
                      color=plt.get_cmap("hsv")(logs[v] / m))
-    lim = np.abs(plane).max() * 0.8
-    axes[2].set(xlim=(-lim, lim), ylim=(-lim, lim))
+    lim = np.abs(plane).max() * 1.1
+    for ax in axes:
+        ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal")
     for ax, title in zip(axes, ("colour: x", "colour: y", "mean over y, for each x")):
         ax.set(title=title, xlabel="first component", ylabel="second component")
     row = found["heads"][head]["multiplicative"]["one"]
     fig.suptitle(f"Head {head.split()[0]} at {' and '.join(head.split()[1])}, one context: the "
-                 f"clearest circle by logarithm ({100 * row['value']:.0f}% of the plane)",
+                 f"clearest circle by logarithm ({100 * row['value']:.1f}% where x, y are not 0)",
                  fontsize=10)
     return {"pca": fig}
 
