@@ -221,9 +221,9 @@ def test_characters_are_kept_and_removed():
     order = a.orders("multiplicative", p, 0)[0]
     mask = torch.zeros(10, 10, 1, dtype=torch.bool)
     mask[2, 3] = mask[-2, -3] = True
-    kept = a.keep_characters((one + two)[..., None], order, mask)[..., 0]
-    torch.testing.assert_close(kept[1:, 1:], one[1:, 1:])
-    torch.testing.assert_close(kept[0], (one + two)[0])                       # zeros stay as they are
+    kept = a.keep_characters((one + two + 5)[..., None], order, mask)[..., 0]
+    torch.testing.assert_close(kept[1:, 1:], one[1:, 1:] + 5)
+    torch.testing.assert_close(kept[0], (one + two + 5)[0])                   # zeros stay as they are
 
 # -------------------------------------------------------------------------------------------------
 # Interventions: planted models
@@ -279,6 +279,16 @@ def test_a_planted_head_is_found_by_patching_and_by_ablation():
     held = a.answers_with(lab, ours, means, [("head 1.1", slice(None))])
     assert not torch.equal(held, before)
     assert torch.equal(a.answers_with(lab, ours, means, [("head 0.0", slice(None))]), before)
+
+
+def test_all_parts_from_another_run_give_its_answers():
+    """At y the tokens are the same in both; all else that reaches the prediction is patched."""
+    lab = planted_lab()
+    ours = lab.sequences("test_ood")
+    theirs = ours.clone()
+    theirs[:, 2::3] = (theirs[:, 2::3] + 1) % 7
+    patched = a.answers_with(lab, ours, a.site_values(lab, theirs), [(part, slice(None)) for part in a.parts_of(lab)])
+    assert torch.equal(patched, a.answers(lab, theirs)) and not torch.equal(patched, a.answers(lab, ours))
 
 
 def test_division_and_lines():
