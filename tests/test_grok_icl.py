@@ -166,7 +166,7 @@ def test_curriculum_keeps_each_sequence_to_few_lines(lines, shared):
 
 def paced(share, looks, lines=1, p=5):
     """The number of lines after each look at batches of which that share is answered right."""
-    cfg, run, seen = tiny(p=p), SimpleNamespace(lines=lines, mastery=0.0), []
+    cfg, run, seen = tiny(p=p), SimpleNamespace(lines=lines), []
     tokens = torch.zeros(100, 6, dtype=torch.long)
     tokens[:, 0::3], tokens[:, 2::3] = 1, 3                                  # 1 0 3 1 0 3: a copy
     answers = torch.full((100, 2), 3)
@@ -179,10 +179,35 @@ def paced(share, looks, lines=1, p=5):
 
 
 def test_the_curriculum_paces_itself():
-    """1 - 0.7 ** n passes 0.75 at n = 4; then it starts anew, and ends with all lines."""
-    assert paced(1.0, 13) == [1] * 3 + [2] * 4 + [4] * 4 + [6] * 2
-    assert paced(0.74, 50) == [1] * 50                                       # never mastered
-    assert paced(0.77, 50)[-1] > 1
+    assert paced(1.0, 5) == [2, 4, 6, 6, 6]                                  # ends with all p + 1 lines
+    assert paced(0.74, 5) == [1] * 5                                         # never mastered
+    assert paced(0.77, 5) == [2, 4, 6, 6, 6]
+
+
+def test_the_loss_is_of_z_and_on_demand_of_y():
+    """Against one forward pass for each scored token, that ends before it."""
+    model, _ = model_and_tokens()
+    batch = random_tokens(7, 5, 6)
+
+    def nats(first):
+        at = range(first, 15, 3)
+        return sum(F.nll_loss(model(batch[:, :t], everywhere=True)[:, -1].log_softmax(-1), batch[:, t])
+                   for t in at) / len(at)
+    loss, logits = g.training_loss(model, batch, score_y=False)
+    torch.testing.assert_close(loss, nats(2))
+    both, same = g.training_loss(model, batch, score_y=True)
+    torch.testing.assert_close(both, nats(1) + nats(2))
+    torch.testing.assert_close(logits, same)
+
+
+@pytest.mark.parametrize("score_y, asked", [(True, [True, True, False, False]), (False, [False] * 4)])
+def test_y_is_scored_on_one_line_alone(tmp_path, monkeypatch, score_y, asked):
+    seen, loss = [], g.training_loss
+    monkeypatch.setattr(g, "training_loss", lambda m, b, y: [seen.append(y), loss(m, b, y)][1])
+    monkeypatch.setattr(g, "pace", lambda run, *a: setattr(run, "lines", 2))
+    monkeypatch.setattr(g, "PACE_EVERY", 2)
+    trained(tiny(steps=4, score_y=score_y, out=str(tmp_path)))
+    assert seen == asked
 
 
 def test_evaluation_sets_hold_what_their_names_say():
@@ -450,8 +475,8 @@ def interrupted(cfg, step, monkeypatch):
 
 @pytest.mark.parametrize("changes", [dict(optimizer="adamw"), dict(amp="bf16"), dict(shared_inputs=True, curriculum=False)])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(g, "MASTERED", 0.15)                     # so that the number of lines changes too
-    monkeypatch.setattr(g, "PACE_EVERY", 1)
+    monkeypatch.setattr(g, "MASTERED", 0.1)                      # so that the number of lines changes too
+    monkeypatch.setattr(g, "PACE_EVERY", 3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained(tiny(**changes, out=str(whole)))
 
