@@ -63,7 +63,7 @@ class Config:
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
     wd: float = option(0.2, 2.0, "weight decay of matrices and embedding", (0, 1e3))
-    batch: int = option(512, 1024, "sequences a step, made a multiple of --tasks", (1, 10**6))
+    batch: int = option(512, 1024, "sequences a step", (1, 10**6))
     steps: int = option(1200, 200_000, "training steps; the schedule ends here", (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
     seed: int = option(0, 0, "seed of the split, the initial weights and the batches", (0, 2**62))
@@ -77,11 +77,6 @@ class Config:
     compile: str = option("auto", "auto", "torch.compile; auto: on cuda", ["auto", "on", "off"])
     out: str = option("", "", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, False, "continue the run in --out")
-
-    @property
-    def per_task(self):
-        """Sequences of each task in a batch: every task comes equally often."""
-        return math.ceil(self.batch / self.tasks)
 
 
 NAMES = [f.name for f in fields(Config)]
@@ -182,7 +177,7 @@ def line_of(inputs, p):
 
 def training_batch(split, line, cfg, lines, generator):
     """
-    A balanced batch: cfg.per_task sequences of each pre-training task, (B, 3k) tokens.
+    A batch of cfg.batch sequences, (B, 3k) tokens. No task comes again before all have come.
 
     Inputs are drawn evenly, with replacement; line is line_of(split["train_inputs"]). In the
     curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line
@@ -191,15 +186,18 @@ def training_batch(split, line, cfg, lines, generator):
     many, at a fraction of the cost: k is 4 * lines, at least 8 and at most cfg.examples.
     """
     tasks, inputs, k = split["id"], split["train_inputs"], min(cfg.examples, max(8, 4 * lines))
-    n = cfg.per_task * (len(tasks) if not cfg.shared_inputs else 1)
+    rounds = math.ceil(cfg.batch / len(tasks))
+    order = torch.cat([torch.randperm(len(tasks), generator=generator, device=line.device)
+                       for _ in range(rounds)])[:cfg.batch]
+    n = rounds if cfg.shared_inputs else cfg.batch           # choices of inputs
     allowed = torch.ones(n, cfg.p + 1, device=line.device)   # which of the p + 1 lines
     if lines <= cfg.p:
         kept = torch.randint(len(line), (n, lines), generator=generator, device=line.device)
         allowed = torch.zeros_like(allowed).scatter_(1, line[kept], 1)
     chosen = torch.multinomial(allowed[:, line], k, replacement=True, generator=generator)  # (n, k)
     if cfg.shared_inputs:
-        chosen = chosen.repeat(len(tasks), 1)
-    return to_tokens(tasks.repeat_interleave(cfg.per_task, 0), inputs[chosen], cfg.p)    # (B, 3k)
+        chosen = chosen.repeat_interleave(len(tasks), 0)[:cfg.batch]
+    return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
 
 
 def eval_sequences(split, ood, n, k, p, seed):
@@ -711,7 +709,7 @@ def validate(cfg):
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
     need(cfg.embd % (2 * cfg.heads) == 0, "embd",
          f"a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
-    need(cfg.per_task * cfg.tasks % rank_and_world()[1] == 0, "batch", "shared by all processes")
+    need(cfg.batch % rank_and_world()[1] == 0, "batch", "a multiple of the number of processes")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup ({cfg.warmup})")
     need(pick_device(cfg.device).type == "cuda" or cfg.amp != "fp16", "amp",
          "auto, bf16 or off without a CUDA device")
@@ -737,7 +735,7 @@ def main(argv=None):
         return 2
     if rank > 0:
         sys.stdout = open(os.devnull, "w")            # only rank 0 prints
-    print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.per_task * cfg.tasks}, "
+    print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, "
           f"seed {cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
     signals, stops = [], (signal.SIGINT, signal.SIGTERM)     # Ctrl-C, and what SLURM sends
     for number in stops:                                     # only noted, so that train can save
