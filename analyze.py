@@ -13,7 +13,7 @@ comes from other tasks. A number that could be large by accident has its *null* 
 measure with the residues put in random order, best of as many where it is the best of many.
 
 Probes, nulls, tables; shots (figure 1c); skills (5); attention (6); pca (1d, 1e, 6); fourier;
-similarity (7); ablation; patching; labels; frequencies; progress; phases (1b); command line.
+similarity (7); patching, with ablation; labels; progress; phases (1b); command line.
 """
 import argparse
 import glob
@@ -23,8 +23,6 @@ import math
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
-from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,10 +34,9 @@ import grok_icl as g
 
 SEED = 7                      # of the contexts and of the random orders
 CONTEXTS = 4                  # over which pca, fourier and similarity are averaged
-SEQUENCES = 256               # for attention, ablation, patching and labels
+SEQUENCES = 256               # for attention, patching and labels
 NULLS = 200                   # random orders of the residues: a p-value can be as low as 1 / 201
 GROUPS = ("multiplicative", "additive")
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 
 # -------------------------------------------------------------------------------------------------
 # Probes: contexts, every query after one, what a module reads, and changes of it
@@ -58,18 +55,17 @@ def sequences(lab, kind):
 
 
 def sites(model):
-    """Name -> the module that reads it: the outputs of heads (B, T, H*D), and neurons."""
+    """Name -> the module that reads it: heads' outputs (B, T, H*D), and MLP neurons."""
     return {f"{name} {i}": module for i, block in enumerate(model.blocks)
             for name, module in (("heads", block.attention.out), ("neurons", block.mlp.down))}
 
 
-@contextmanager
-def intercept(changes):
-    """Within, each module of {module: function} reads function(x), or x where that is None."""
+def run_with(changes, run):
+    """run(), while each module of {module: function} reads function(x), or x where that is None."""
     handles = [module.register_forward_pre_hook(lambda _, args, f=f: f(args[0]))
                for module, f in changes.items()]
     try:
-        yield
+        return run()
     finally:
         for handle in handles:
             handle.remove()
@@ -78,9 +74,8 @@ def intercept(changes):
 def record(modules, run):
     """What each of {name: module} reads while run() calls the model once: {name: tensor}."""
     found = {}
-    with intercept({module: lambda x, name=name: found.update({name: x.cpu()})
-                    for name, module in modules.items()}):
-        run()
+    run_with({module: lambda x, name=name: found.update({name: x.cpu()})
+              for name, module in modules.items()}, run)
     return found
 
 
@@ -111,7 +106,7 @@ def ask(lab, task, inputs):
     place = torch.arange(len(example), device=lab.device) - 3 * (example - n).clamp(min=0)
     blind = (place > place[:, None]) | ((example >= n) & (example != example[:, None]))
     tables = {"cos": first.cos[place], "sin": first.sin[place],
-              "future": torch.zeros_like(blind, dtype=torch.float).masked_fill(blind, -math.inf)}
+              "future": torch.zeros(blind.shape).to(lab.device).masked_fill(blind, -math.inf)}
     tables = {f"blocks.{i}.attention.{name}": values for name, values in tables.items()
               for i in range(lab.cfg.depth)}
     logits = functional_call(lab.model, tables, tokens, {"everywhere": True})        # (p, T, p)
@@ -120,32 +115,28 @@ def ask(lab, task, inputs):
 
 def observed(lab):
     """
-    Each site at the x, y and z of all queries after CONTEXTS contexts: {name: (n, p, p, 3, N)}.
+    After CONTEXTS contexts and each query: every site at y, {site: (n, N, p, p)}; and "outputs".
 
-    Computed once. Also "outputs": what each head adds to the residual stream, its output matrix
-    included, and standardized as the authors do it: (n, p, p, 3, L*H, C).
+    Those are (n, p, p, 3, L*H, C), at x, y and z: what each head adds to the residual stream, with
+    its output matrix, standardized as the authors do it. Computed once.
     """
     if not hasattr(lab, "observed"):
+        lab.observed, outputs, by_head = {}, [], (lab.cfg.heads, -1)
         runs = [record(sites(lab.model), lambda: ask(lab, *context))
                 for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k - 1))]
-        seen = {name: torch.stack([run[name][:, 3 * lab.k - 3:] for run in runs]).unflatten(
-            2, (lab.p, 3)) for name in sites(lab.model)}
-        outputs = []
-        for i, block in enumerate(lab.model.blocks):
-            weight = block.attention.out.weight.detach().cpu().unflatten(1, (lab.cfg.heads, -1))
-            heads = seen[f"heads {i}"].unflatten(-1, (lab.cfg.heads, -1))
-            outputs.append(torch.einsum("...hd,chd->...hc", heads, weight))
-        seen["outputs"] = F.layer_norm(torch.cat(outputs, -2), (lab.cfg.embd,))
-        lab.observed = seen
+        for site, module in sites(lab.model).items():
+            seen = torch.stack([run[site] for run in runs])[:, :, 3 * lab.k - 3:]
+            seen = seen.unflatten(2, (lab.p, 3))                               # (n, p, p, 3, N)
+            lab.observed[site] = seen[:, :, :, 1].movedim(-1, 1).contiguous()
+            if "heads" in site:
+                weight = module.weight.detach().cpu().unflatten(1, by_head)
+                outputs.append(torch.einsum("...hd,chd->...hc", seen.unflatten(-1, by_head), weight))
+        lab.observed["outputs"] = F.layer_norm(torch.cat(outputs, -2), (lab.cfg.embd,))
     return lab.observed
 
 
-def head_names(lab):
-    return [f"{i}.{h}" for i in range(lab.cfg.depth) for h in range(lab.cfg.heads)]
-
-
 def powers(p):
-    """The nonzero residues by their logarithm: base**0, base**1, ... The paper's base for p = 29."""
+    """The nonzero residues by their logarithm: base**0, base**1, ... The paper's base at p = 29."""
     rows = ([pow(base, k, p) for k in range(p - 1)] for base in ([27] if p == 29 else range(2, p)))
     return torch.tensor(next(row for row in rows if len(set(row)) == p - 1))
 
@@ -157,19 +148,19 @@ def orders(group, p, n):
     Multiplicative: by logarithm; 0 has none, m = p - 1. Additive: 0 ... p-1.
     """
     true = powers(p) if group == "multiplicative" else torch.arange(p)
-    draw = torch.rand(n, 2, len(true), generator=torch.Generator().manual_seed(SEED)).argsort(-1)
-    return torch.cat((true.expand(1, 2, -1), true[draw]))
+    draw = torch.rand(n, 2, len(true), generator=torch.Generator().manual_seed(SEED))
+    return torch.cat((true.expand(1, 2, -1), true[draw.argsort(-1)]))
 
 
 def against_null(measure, group, p, names, columns):
     """
     measure(order_x, order_y) -> (names, columns) in the true order of a group and in random ones.
 
-    Returns {name: {column: value, its null: what 95% of NULLS random orders stay below, its p:
-    p-value}}. In the row "best of all" the highest value meets the null of the highest.
+    {name: {column: value, its "null": what 95% of NULLS random orders stay below, its "p"}}. In the
+    row "best of all" the highest value meets the null of the highest.
     """
     scores = torch.stack([measure(*order) for order in orders(group, p, NULLS)]).double()
-    scores = torch.cat((scores, scores.amax(1, keepdim=True)), dim=1)      # (NULLS + 1, names + 1, c)
+    scores = torch.cat((scores, scores.amax(1, keepdim=True)), dim=1)
     value, null = scores[0], scores[1:]
     p_value = (1 + (null >= value - 1e-9).sum(0)) / len(scores)
     rows = torch.stack((value, null.quantile(0.95, dim=0), p_value), dim=-1).flatten(1).tolist()
@@ -191,6 +182,9 @@ def table(title, rows, note=""):
 # Accuracy over shots, and what memory alone could do (figure 1c)
 # -------------------------------------------------------------------------------------------------
 
+WHO = ("model", "ratio", "regression", "exact memory", "best fit")
+
+
 def memory_scores(tokens, tasks, p):
     """
     Expected scores of answering with the pre-training tasks (n, 2) alone, two memories: (2, B, k).
@@ -210,34 +204,33 @@ def memory_scores(tokens, tasks, p):
 
 
 def measure_shots(lab):
-    """Accuracy on the four sets, over all and novel queries: {set: {who: (2, k)}}."""
+    """Accuracy on the four sets, over all and novel queries: {"set, who": (2, k)}."""
     sets, found = g.eval_sequences(lab.split, "test_ood", 4 * SEQUENCES, lab.k, lab.p, SEED), {}
     for name, tokens in sets.items():
         memory = torch.cat([memory_scores(t, lab.split["id"], lab.p) for t in tokens.split(16)], 1)
         curves = [g.evaluate(lab.model, tokens.to(lab.device)), *g.oracle_accuracy(tokens, lab.p),
                   *(g.accuracy(scores, tokens) for scores in memory)]
-        found[name] = dict(zip(("model", "ratio", "regression", "memory", "best fit"), curves))
+        found |= {f"{name}, {who}": curve for who, curve in zip(WHO, curves)}
     return found
 
 
 def show_shots(lab, found):
-    table(f"Accuracy after {lab.k - 1} shots: all queries, then novel ones", {
-        name: {who + kind: curve[n, -1].item() for n, kind in enumerate(("", ", novel"))
-               for who, curve in curves.items()} for name, curves in found.items()},
-        f"memory: what an exact memory of the {len(lab.split['id'])} pre-training tasks could do; "
-        f"best fit: those that fit the\nmost examples; chance {100 / lab.p:.1f}")
+    for n, queries in enumerate(("all", "novel")):
+        rows = {name: {who: found[f"{name}, {who}"][n, -1].item() for who in WHO}
+                for name in ("id_train", "id_test", "test_ood_train", "test_ood_test")}
+        table(f"Accuracy after {lab.k - 1} shots, {queries} queries", rows,
+              f"exact memory of the {len(lab.split['id'])} pre-training tasks; best fit: those that "
+              f"fit the most examples; chance {100 / lab.p:.1f}")
 
 
 def draw_shots(plt, lab, found):
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for ax, side in zip(axes, ("train", "test")):
-        new = found[f"test_ood_{side}"]
-        for who, colour in (("regression", GREEN), ("ratio", ORANGE), ("best fit", GREY)):
-            ax.plot(100 * new[who][1], "--", color=colour, label=f"{who}, o.o.d. tasks")
-        ax.plot(100 * found[f"id_{side}"]["model"][1], color=GREY, label="model, i.d. tasks")
-        ax.plot(100 * new["model"][1], color=BLUE, label="model, o.o.d. tasks")
+        for who, style in zip(WHO[:3] + WHO[4:], ("C0", "--C1", "--C2", "--C7")):
+            ax.plot(100 * found[f"test_ood_{side}, {who}"][1], style, label=f"{who}, o.o.d. tasks")
+        ax.plot(100 * found[f"id_{side}, model"][1], "C7", label="model, i.d. tasks")
         ax.set(title=f"{side} inputs", xlabel="shots", ylabel="accuracy on novel queries (%)")
-    axes[1].legend(fontsize=8, loc="center right")
+    axes[1].legend(loc="center right")
     return {"shots.png": fig}
 
 # -------------------------------------------------------------------------------------------------
@@ -271,10 +264,9 @@ def measure_skills(lab):
         tokens = torch.stack([query_grid(*c, p) for c in context])                   # (n, p*p, T)
         right = torch.stack([ask(lab, *c).flatten() for c in context]) == tokens[..., -1]
         skill = torch.stack([skill_of(t, p)[:, -1] for t in tokens])                 # (n, p*p)
-        is_skill = F.one_hot(skill, 4).double()                                      # (n, p*p, 4)
-        answered, asked = (torch.einsum("kq,nqs->ks", kinds, hits)                   # (4, 4)
-                           for hits in (is_skill * right[..., None], is_skill))
-        found["accuracy"].append(answered / asked)                                   # nan: no query
+        asked = torch.einsum("kq,nqs->nqks", kinds, F.one_hot(skill, 4).double())
+        answered = (asked * right[..., None, None]).sum((0, 1))
+        found["accuracy"].append(answered / asked.sum((0, 1)))                       # nan: no query
         found["right"].append(right[0].view(p, p))
         found["skill"].append(skill[0].view(p, p))
     return {name: torch.stack(values) for name, values in found.items()} | {"shots": shots}
@@ -290,25 +282,22 @@ def show_skills(lab, found):
 
 
 def draw_skills(plt, lab, found):
-    fig, ax = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    for s, (label, colour) in enumerate((("copies", GREY), ("Ratio Matching", ORANGE),
-                                         ("only Modular Regression", GREEN))):
-        ax.plot(found["shots"], 100 * found["accuracy"][:, 0, s], ".-", color=colour, label=label)
+    fig, ax = plt.subplots(figsize=(5.5, 3.6))
+    for s, colour in ((0, "C7"), (1, "C1"), (2, "C2")):
+        ax.plot(found["shots"], 100 * found["accuracy"][:, 0, s], ".-", color=colour,
+                label=("copies", "Ratio Matching", "only Modular Regression")[s])
     ax.axhline(100 / lab.p, color="black", lw=0.8, ls=":", label="chance")
     ax.set(xlabel="shots", ylabel="accuracy (%)", ylim=(0, 104))
-    ax.legend(fontsize=8, title="queries by what answers them", title_fontsize=8)
+    ax.legend(title="queries by what answers them")
     chosen = [i for i, s in enumerate(found["shots"]) if s in (1, 2, 12, lab.k - 1)]
-    grid, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen) + 1, 6.6), squeeze=False,
-                              layout="constrained")
+    grid, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen) + 1, 6.6), squeeze=False)
     for column, i in zip(axes.T, chosen):
         right, can = found["right"][i].int(), (found["skill"][i] < 2).int()
         for ax, image, name in zip(column, (right, can, right - can), (
                 "answered right", "Ratio Matching can", "difference")):
             ax.imshow(image.T, origin="lower", vmin=-1, vmax=1, cmap="RdBu_r")
-            ax.set(xlabel="x", ylabel="y")
-            ax.set_title(f"shots: {found['shots'][i]}; {name}", fontsize=8)
-    grid.suptitle("One context, all queries (red: yes; blue: no, though Ratio Matching can)",
-                  fontsize=9)
+            ax.set(xlabel="x", ylabel="y", title=f"shots: {found['shots'][i]}; {name}")
+    grid.suptitle("One context, all queries (red: yes; blue: no, though Ratio Matching can)")
     return {"skills.png": fig, "skill_grid.png": grid}
 
 # -------------------------------------------------------------------------------------------------
@@ -346,7 +335,7 @@ def measure_attention(lab):
                     lambda: answers(lab, tokens)).values()                           # (B, H, T, T)
     weights = [s.softmax(-1) for s in scores]
     line = torch.cat([attention_to_line(w[:, :, 1::3], tokens, lab.p) for w in weights])
-    return {"line": dict(zip(head_names(lab), line.tolist())),
+    return {"line": dict(zip(lab.heads, line.tolist())),
             "maps": torch.stack([w[:, :, :15, :15].mean(0) for w in weights])}
 
 
@@ -357,15 +346,15 @@ def show_attention(lab, found):
 
 def draw_attention(plt, lab, found):
     L, H, T = found["maps"].shape[:3]
-    fig, axes = plt.subplots(L, H, figsize=(2.3 * H, 2.5 * L), layout="constrained", squeeze=False)
-    for ax, image, (head, line) in zip(axes.flat, found["maps"].flatten(0, 1),
-                                       found["line"].items()):
-        image = ax.imshow(image, vmin=0, vmax=1)
-        ax.set_title(f"head {head}; line {line:.1f} times even", fontsize=8)
-        ax.set_xticks(range(T), ("xyz" * 5)[:T], fontsize=6)
-        ax.set_yticks(range(T), ("xyz" * 5)[:T], fontsize=6)
-    fig.supxlabel("looks at", fontsize=9)
-    fig.supylabel("position", fontsize=9)
+    fig, axes = plt.subplots(L, H, figsize=(2.3 * H, 2.5 * L), squeeze=False)
+    for ax, values, (head, line) in zip(axes.flat, found["maps"].flatten(0, 1),
+                                        found["line"].items()):
+        image = ax.imshow(values, vmin=0, vmax=1)
+        ax.set(title=f"head {head}; line {line:.1f} times even")
+        ax.set_xticks(range(T), ("xyz" * 5)[:T])
+        ax.set_yticks(range(T), ("xyz" * 5)[:T])
+    fig.supxlabel("looks at")
+    fig.supylabel("position")
     fig.colorbar(image, ax=axes, label="attention, mean over sequences", shrink=0.7)
     return {"attention.png": fig}
 
@@ -384,7 +373,7 @@ def plane_of(points):
 def head_planes(lab, n=CONTEXTS):
     """The plane of each head's output at two positions, as in figure 6: {name: (n, p, p)}."""
     outputs, found = observed(lab)["outputs"][:n], {}                          # (n, p, p, 3, LH, C)
-    for h, head in enumerate(head_names(lab)):
+    for h, head in enumerate(lab.heads):
         for pair, at in (("x and y", [0, 1]), ("x and z", [0, 2]), ("y and z", [1, 2])):
             points = outputs[..., at, h, :].flatten(3).flatten(1, 2)                 # (n, p*p, 2C)
             found[f"{head} at {pair}"] = plane_of(points).unflatten(1, (lab.p, lab.p))
@@ -403,21 +392,20 @@ def character_power(f, order_x, order_y):
     return power
 
 
-def real_characters(m):
-    """Which characters (m, m) are 1 and -1 alone: they run to and fro, on no circle."""
-    own = 2 * torch.arange(m) % m == 0
-    return own[:, None] & own
+def conjugate(power):
+    """The power in the conjugate (-k, -l) of each character (k, l)."""
+    return power.flip(-2, -1).roll((1, 1), (-2, -1))
 
 
 def circles(planes, order_x, order_y):
     """
     Which share of the variance of planes (..., p, p) is one circle, and which two: (..., 2).
 
-    A circle is a point c exp(2 pi i (k u + l v) / m) for each (x, y): one character. A circle of
-    circles is the sum of two: a large one in x, say, and on it a small one in y.
+    A circle is a point c exp(2 pi i (k u + l v) / m) for each (x, y); with as much of the conjugate
+    it would be a line. A circle of circles is two: a large one in x, say, and a small one in y.
     """
     power = character_power(planes, order_x, order_y)
-    best = (power * ~real_characters(len(order_x))).flatten(-2).topk(2).values.cumsum(-1)
+    best = (power - conjugate(power)).flatten(-2).topk(2).values.cumsum(-1)
     return best / power.sum((-2, -1)).clamp(min=1e-30)[..., None]
 
 
@@ -451,7 +439,7 @@ def scatter(ax, plane, residue, p):
 
 def draw_pca(plt, lab, found):
     (x, y), plane = g.grid(lab.p).T, found["plane"]
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4.2))
     scatter(axes[0], plane.flatten(), x, lab.p)
     scatter(axes[1], plane.flatten(), y, lab.p)
     apart = (plane - plane[:, 1:].mean(1, keepdim=True))[1:].flatten()
@@ -460,46 +448,79 @@ def draw_pca(plt, lab, found):
         ax.set(title=title, aspect="equal", xlabel="first component", ylabel="second component")
     fig.colorbar(points, ax=axes, label=f"logarithm to base {powers(lab.p)[1]} (black: 0)")
     share = found["multiplicative"][found["clearest"]]["circle"]
-    fig.suptitle(f"Head {found['clearest']}, one context: the clearest circle by logarithm "
-                 f"({100 * share:.1f}% where x, y are not 0)", fontsize=10)
+    fig.suptitle(f"Head {found['clearest']}, one context: {100 * share:.1f}% is one circle by "
+                 f"logarithm where x, y are not 0")
     return {"pca.png": fig}
 
 # -------------------------------------------------------------------------------------------------
-# Fourier: are the functions of (x, y) at the query's y characters, and of which group?
+# Fourier: are the sites at the query's y characters of x and y, of which group, and how many?
 # -------------------------------------------------------------------------------------------------
+
+KEPT = (1, 2, 4, 8, 16)
+
 
 def one_frequency(f, order_x, order_y):
     """
-    Of functions f (contexts, n, p, p): shares of those with one frequency, of power in ratios: (2,).
+    Of functions f (contexts, n, p, p): share of those with one frequency, of power in ratios: (2,).
 
-    One frequency: half of the variance is in one character and its conjugate. The characters (k,
-    -k) depend on x/y, or x - y, alone.
+    One frequency: a quarter of the variance is in one character, so half with its conjugate's. The
+    characters (k, -k) depend on x/y, or x - y, alone.
     """
     power, k = character_power(f, order_x, order_y), torch.arange(1, len(order_x))
     shares = (power / power.sum((-2, -1), keepdim=True).clamp(min=1e-30)).mean(0)    # (n, m, m)
-    strongest = (shares * (2 - real_characters(len(order_x)).int())).amax((-2, -1))  # (n,)
-    return torch.stack(((strongest >= 0.5).float().mean(), shares[:, k, -k].sum(1).mean()))
+    one = shares.amax((-2, -1)) >= 0.25                                              # (n,)
+    return torch.stack((one.float().mean(), shares[:, k, -k].sum(1).mean()))
 
 
-def functions(lab, site):
-    """What a site holds at the query's y, as functions of (x, y): (2 contexts, n, p, p)."""
-    return observed(lab)[site][:2, :, :, 1].permute(0, 3, 1, 2).contiguous()
+def keep_characters(f, order, mask):
+    """Functions f (n, p, p) with only those characters that mask (n, m, m) has, and the mean."""
+    f, at, mask = f.clone(), (..., order[:, None], order), mask.clone()
+    mask[..., 0, 0] = True
+    f[at] = torch.fft.ifft2(torch.fft.fft2(f[at]) * mask).real.to(f)
+    return f
+
+
+def accuracy_with(lab, site, group, n):
+    """
+    Accuracy on ratio queries without zeros if a site keeps n characters of each of its functions.
+
+    It is filtered at the query's y after one context; the strongest characters are those after
+    contexts of other tasks.
+    """
+    context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k - 1)]
+    tokens, order = query_grid(*context, lab.p), orders(group, lab.p, 0)[0, 0]
+    power = character_power(observed(lab)[site][:2], order, order).mean(0)           # (n, m, m)
+    power = power + conjugate(power)
+    mask = power >= power.flatten(1).topk(2 * n).values[:, -1, None, None]
+
+    def change(values):
+        values, at_y = values.clone(), slice(3 * lab.k - 2, None, 3)
+        f = keep_characters(values[:, at_y].cpu().permute(2, 0, 1), order, mask)
+        values[:, at_y] = f.permute(1, 2, 0)
+        return values
+    said = run_with({sites(lab.model)[site]: change}, lambda: ask(lab, *context))
+    counts = (skill_of(tokens, lab.p)[:, -1] == 1) & (g.grid(lab.p) > 0).all(1)
+    return (said.flatten() == tokens[:, -1])[counts].float().mean().item()
 
 
 def measure_fourier(lab):
-    """{group: {site: one_frequency and its null}}, of functions that are not constant."""
-    fs = {site: functions(lab, site) for site in sites(lab.model)}
+    """{group: {site: one_frequency and its null}}, "kept": {"site, group": {n: accuracy_with}}."""
+    fs = {site: observed(lab)[site][:2] for site in sites(lab.model)}                # (2, n, p, p)
     fs = {site: f[:, (f.flatten(2).var(2) > 1e-9).all(0)] for site, f in fs.items()}
-    return {group: against_null(
+    found = {group: against_null(
         lambda x, y: torch.stack([one_frequency(f, x, y) for f in fs.values()]), group, lab.p,
         [f"{site}, {f.size(1)} vary" for site, f in fs.items()], ("one frequency", "ratio"))
         for group in GROUPS}
+    return found | {"kept": {f"{site}, {group}": {n: accuracy_with(lab, site, group, n)
+                                                  for n in KEPT} for site in fs for group in GROUPS}}
 
 
 def show_fourier(lab, found):
     for group in GROUPS:
         table(f"Functions at the query's y, {group} characters: share with one frequency; power in "
               f"ratios", found[group], f"null: 95% of {NULLS} random orders of the residues")
+    table("Accuracy on ratio queries with only so many characters of each function kept",
+          found["kept"], "at the query's y; the strongest in other contexts")
 
 # -------------------------------------------------------------------------------------------------
 # Similarity of inputs with the same ratio (figure 7)
@@ -528,7 +549,7 @@ def measure_similarity(lab):
     images = {}
     for position, at in (("y", 1), ("z", 2)):
         vectors = F.normalize(observed(lab)["outputs"][..., at, :, :].flatten(1, 2), dim=-1)
-        for h, head in enumerate(head_names(lab)):
+        for h, head in enumerate(lab.heads):
             v = vectors[:, :, h]                                                     # (n, p*p, C)
             images[f"head {head} at {position}"] = (v @ v.mT).mean(0)
     similarity = torch.stack(list(images.values()))
@@ -547,7 +568,7 @@ def draw_similarity(plt, lab, found):
     order, m = powers(lab.p), lab.p - 1
     x, ratio = order.repeat(m), order.repeat_interleave(m)                           # by log y/x
     inputs = x * lab.p + x * ratio % lab.p
-    fig, ax = plt.subplots(figsize=(5.6, 5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(5.6, 5))
     image = ax.imshow(found["image"][inputs][:, inputs], vmin=-1, vmax=1, cmap="RdBu_r")
     fig.colorbar(image, label="cosine similarity", shrink=0.8)
     ax.set(title=f"{found['clearest']}: inputs sorted by log(y/x), then log x", xlabel="input",
@@ -555,18 +576,18 @@ def draw_similarity(plt, lab, found):
     return {"similarity.png": fig}
 
 # -------------------------------------------------------------------------------------------------
-# Ablation: which heads and MLPs, at which positions, are needed, and are they enough?
+# Patching: put another value into one part. Is it needed (its mean)? Does it carry the task?
 # -------------------------------------------------------------------------------------------------
 
-POSITIONS = {"at x": slice(0, None, 3), "at y": slice(1, None, 3), "at z": slice(2, None, 3)}
+POSITIONS = {"x": slice(0, None, 3), "y": slice(1, None, 3), "z": slice(2, None, 3)}
 
 
 def parts_of(lab):
     """{"head 0.1" or "MLP 0": (its site, its slice of it)}."""
     width = lab.cfg.embd // lab.cfg.heads
-    return {f"head {i}.{h}": (f"heads {i}", slice(h * width, (h + 1) * width))
-            for i in range(lab.cfg.depth) for h in range(lab.cfg.heads)} | {
-                f"MLP {i}": (f"neurons {i}", slice(None)) for i in range(lab.cfg.depth)}
+    parts = {f"head {i}.{h}": (f"heads {i}", slice(h * width, (h + 1) * width))
+             for i in range(lab.cfg.depth) for h in range(lab.cfg.heads)}
+    return parts | {f"MLP {i}": (f"neurons {i}", slice(None)) for i in range(lab.cfg.depth)}
 
 
 def answers_with(lab, tokens, values, changes):
@@ -579,69 +600,43 @@ def answers_with(lab, tokens, values, changes):
             if parts[part][0] == site:
                 x[:, at, parts[part][1]] = values[site][..., at, parts[part][1]].to(x)
         return x
-    with intercept({module: lambda x, site=site: put(x, site)
-                    for site, module in sites(lab.model).items()}):
-        return answers(lab, tokens)
+    return run_with({module: lambda x, site=site: put(x, site)
+                     for site, module in sites(lab.model).items()}, lambda: answers(lab, tokens))
 
-
-def each_part(lab, score):
-    """score of the change of each part at each position: {part: {position: float}}."""
-    return {part: {name: score([(part, at)]) for name, at in POSITIONS.items()}
-            for part in parts_of(lab)}
-
-
-def measure_ablation(lab):
-    """
-    Accuracy on ratio queries at all shots with parts held at their mean on validation tasks.
-
-    "held": each part alone; "kept": the heads without which, on validation tasks, a tenth of the
-    ratio queries is lost; "only": all other heads are held; "nothing": none is.
-    """
-    known, new = sequences(lab, "val_ood"), sequences(lab, "test_ood")
-    seen = record(sites(lab.model), lambda: answers(lab, known))
-    means = {site: values.mean(0) for site, values in seen.items()}
-
-    def score(changes, tokens=new):
-        right = answers_with(lab, tokens, means, changes) == tokens[:, 2::3]
-        return right[skill_of(tokens, lab.p) == 1].float().mean().item()
-    heads = {part: (part, slice(None)) for part in parts_of(lab) if part.startswith("head")}
-    enough = score([], known) - 0.1
-    kept = [head for head, change in heads.items() if score([change], known) < enough]
-    return {"nothing": score([]), "kept": kept, "held": each_part(lab, score),
-            "only": score([change for head, change in heads.items() if head not in kept])}
-
-
-def show_ablation(lab, found):
-    table("Ablation: accuracy on ratio queries with one part held at its mean", found["held"],
-          f"nothing held: {100 * found['nothing']:.1f}; all heads but {', '.join(found['kept'])} "
-          f"(chosen on validation tasks): {100 * found['only']:.1f}; chance {100 / lab.p:.1f}")
-
-# -------------------------------------------------------------------------------------------------
-# Patching: put one part's output from another task into a run. Does the answer become that task's?
-# -------------------------------------------------------------------------------------------------
 
 def measure_patching(lab):
     """
-    "other": share of last queries answered as the other task would, by part; "own": unpatched.
+    Answers to ratio queries with a part held at its mean, or patched from a run on other tasks.
 
-    Both runs have the same inputs and query, on tasks (a, b) and (a', b'); queries are those that
-    Ratio Matching can answer, novel, and whose z differs between the two.
+    "parts": {part: {"held x": share right, ..., "patched x": share answered as the other task
+    would, ...}}, both runs on the same inputs. "kept": the heads without which, on validation
+    tasks, a tenth is lost; "only": right with all other heads held; "nothing": with none held.
     """
     tasks, inputs = contexts(lab, "test_ood", SEQUENCES, lab.k)
     ours, theirs = (g.to_tokens(t, inputs, lab.p) for t in (tasks, tasks.roll(1, 0)))
-    good = (skill_of(ours, lab.p)[:, -1] == 1) & (ours[:, -1] != theirs[:, -1])
-    ours, theirs = ours[good], theirs[good]
-    values = record(sites(lab.model), lambda: answers(lab, theirs))
+    known, other = sequences(lab, "val_ood"), record(sites(lab.model), lambda: answers(lab, theirs))
+    means = {site: values.mean(0) for site, values in
+             record(sites(lab.model), lambda: answers(lab, known)).items()}
 
-    def share(changes, z=theirs[:, -1]):
-        return (answers_with(lab, ours, values, changes)[:, -1] == z).float().mean().item()
-    return {"own": share([], ours[:, -1]), "other": each_part(lab, share)}
+    def share(changes, tokens=ours, values=means, wanted=ours):
+        right = answers_with(lab, tokens, values, changes) == wanted[:, 2::3]
+        counts = (skill_of(tokens, lab.p) == 1) & (tokens is wanted or ours[:, 2::3] != wanted[:, 2::3])
+        return right[counts].float().mean().item()
+    heads = {part: (part, slice(None)) for part in parts_of(lab) if part.startswith("head")}
+    enough = share([], known, means, known) - 0.1
+    kept = [h for h, change in heads.items() if share([change], known, means, known) < enough]
+    return {"nothing": share([]), "kept": kept,
+            "only": share([change for head, change in heads.items() if head not in kept]),
+            "parts": {part: {f"held {at}": share([(part, where)]) for at, where in POSITIONS.items()}
+                      | {f"patched {at}": share([(part, where)], ours, other, theirs)
+                         for at, where in POSITIONS.items()} for part in parts_of(lab)}}
 
 
 def show_patching(lab, found):
-    table("Patching: answers that become the other task's with one part's output from there",
-          found["other"], f"{100 * found['own']:.1f} are the own task's without a patch; chance "
-          f"{100 / lab.p:.1f}")
+    table("Ratio queries answered right with a part held at its mean; as the other task would with "
+          "a part patched", found["parts"],
+          f"nothing held: {100 * found['nothing']:.1f}; all heads but {', '.join(found['kept'])} "
+          f"(chosen on validation tasks): {100 * found['only']:.1f}; chance {100 / lab.p:.1f}")
 
 # -------------------------------------------------------------------------------------------------
 # Labels: change one example's z. Which algorithm says how the answer must move?
@@ -656,9 +651,8 @@ def pick(lab, shots, n):
 
 
 def divide(a, b, p):
-    """a / b mod p, elementwise, 0 where b is 0."""
-    inverse = torch.tensor([0] + [pow(x, -1, p) for x in range(1, p)])
-    return a * inverse[b] % p
+    """a / b mod p, elementwise; p where b is 0."""
+    return g.line_of(torch.stack((b, a), -1), p)
 
 
 def measure_labels(lab):
@@ -702,70 +696,14 @@ def show_labels(lab, found):
           f"as Modular Regression\nsays; chance {100 / lab.p:.1f}")
 
 # -------------------------------------------------------------------------------------------------
-# Frequencies: how many characters of which group are enough?
-# -------------------------------------------------------------------------------------------------
-
-KEPT = (1, 2, 4, 8, 16)
-
-
-def keep_characters(f, order, mask):
-    """Functions f (n, p, p) with only those characters that mask (n, m, m) has, and the mean."""
-    at, mask = (..., order[:, None], order), mask.clone()
-    mask[..., 0, 0] = True
-    f = f.clone()
-    f[at] = torch.fft.ifft2(torch.fft.fft2(f[at]) * mask).real.to(f)
-    return f
-
-
-def measure_frequencies(lab):
-    """
-    Accuracy on ratio queries without zeros when a site keeps n characters of each function.
-
-    {"site, group": {n: accuracy}}. The site is filtered at the query's y, after two contexts; the
-    strongest characters are those after two contexts of other tasks.
-    """
-    p, found = lab.p, {}
-    new = [c[-2:] for c in contexts(lab, "test_ood", CONTEXTS + 2, lab.k - 1)]
-    tokens = torch.stack([query_grid(*c, p) for c in zip(*new)])                     # (2, p*p, 3k)
-    counts = torch.stack([skill_of(t, p)[:, -1] == 1 for t in tokens]) & (g.grid(p) > 0).all(1)
-    at_y = slice(3 * lab.k - 2, None, 3)
-    for (site, module), group in product(sites(lab.model).items(), GROUPS):
-        order = orders(group, p, 0)[0, 0]
-        power = character_power(functions(lab, site), order, order).mean(0)          # (n, m, m)
-        power = power + power.flip(1, 2).roll((1, 1), (1, 2))       # each with its conjugate's
-        row = found[f"{site}, {group}"] = {}
-        for n in KEPT:
-            mask = power >= power.flatten(1).topk(2 * n).values[:, -1, None, None]
-
-            def change(values):
-                values = values.clone()
-                f = keep_characters(values[:, at_y].cpu().permute(2, 0, 1), order, mask)
-                values[:, at_y] = f.permute(1, 2, 0)
-                return values
-            with intercept({module: change}):
-                said = torch.stack([ask(lab, *c).flatten() for c in zip(*new)])      # (2, p*p)
-            row[n] = (said == tokens[..., -1])[counts].float().mean().item()
-    return found
-
-
-def show_frequencies(lab, found):
-    table("Accuracy on ratio queries with only so many characters of each function kept", found,
-          "at the query's y; the strongest in other contexts")
-
-# -------------------------------------------------------------------------------------------------
 # Progress over training, from the snapshots of grok_icl.py --snapshots
 # -------------------------------------------------------------------------------------------------
 
-def subgroup_orders(p):
-    """The orders of the subgroups of the nonzero residues, but all: divisors of p - 1."""
-    return [d for d in range(1, p - 1) if (p - 1) % d == 0]
-
-
 def measure_progress(lab):
     """
-    Over the snapshots: accuracy by "skill" (S, 3); "line", the most attention of a head to it;
-    "circle" (S,) and "plane" (S, p, p) of the clearest head; "subgroup" (S, n): on sequences of one
-    line, answers with answer / z in each subgroup. "curves": training's own evaluations.
+    Over the S snapshots: accuracy by "skill" (S, 3); "circle" (S,) and "plane" (S, p, p) of the
+    head that is clearest in the end; "subgroup" (S, n), for sequences of one line: how often answer
+    / z is in each subgroup. "history": training's evaluations.
     """
     files = sorted(glob.glob(os.path.join(lab.folder, "step*.pt")), key=lambda f: (len(f), f))
     if not files:
@@ -773,9 +711,10 @@ def measure_progress(lab):
     order, heads = orders("multiplicative", lab.p, 0)[0], head_planes(lab, 1)
     head = max(heads, key=lambda name: circles(heads[name], *order)[0, 0])
     one = g.training_batch(lab.split, g.line_of(lab.split["train_inputs"], lab.p), lab.cfg, 1,
-                           torch.Generator().manual_seed(SEED))[:, 2::3]
+                           torch.Generator().manual_seed(SEED))
     tokens, z = sequences(lab, "val_ood"), one[:, 2::3]
     skill, found = skill_of(tokens, lab.p), []
+    sizes = [d for d in range(1, lab.p - 1) if (lab.p - 1) % d == 0]
     for now in (open_lab(file, lab.device) for file in files):
         right = answers(now, tokens) == tokens[:, 2::3]
         plane = head_planes(now, 1)[head][0]
@@ -784,55 +723,52 @@ def measure_progress(lab):
             plane = max((c * (c.conj() * before).sum().sgn() for c in (plane, plane.conj())),
                         key=lambda c: (c.conj() * before).sum().real)
         ratio = divide(answers(now, one), z, lab.p)[:, 1:][z[:, 1:] > 0]
-        found.append({
-            "step": now.step, "plane": plane, "circle": circles(plane, *order)[0],
-            "skill": torch.stack([right[skill == s].float().mean() for s in range(3)]),
-            "line": max(measure_attention(now)["line"].values()),
-            "subgroup": torch.stack([torch.isin(ratio, powers(lab.p)[::(lab.p - 1) // d])
-                                     .float().mean() for d in subgroup_orders(lab.p)])})
-    return {name: torch.stack([torch.as_tensor(row[name]) for row in found])
-            for name in found[0]} | {"head": head, "curves": now.history}
+        inside = [torch.isin(ratio, powers(lab.p)[::(lab.p - 1) // d]) for d in sizes]
+        found.append({"step": torch.tensor(now.step), "plane": plane,
+                      "circle": circles(plane, *order)[0],
+                      "skill": torch.stack([right[skill == s].float().mean() for s in range(3)]),
+                      "subgroup": torch.stack(inside).float().mean(1)})
+    return {name: torch.stack([row[name] for row in found]) for name in found[0]} | {
+        "head": head, "sizes": sizes, "history": now.history}
 
 
 def show_progress(lab, found):
     if not found:
         return print("\nprogress: no step*.pt beside the checkpoint; train with --snapshots")
-    columns = [*SKILLS[:3], "line", "circle", *(f"order {d}" for d in subgroup_orders(lab.p))]
-    rows = torch.column_stack([found[n] for n in ("skill", "line", "circle", "subgroup")]).tolist()
-    table("Over training", {step: dict(zip(columns, row)) for step, row in
-                            zip(found["step"].tolist(), rows)},
-          f"accuracy by skill on validation tasks; line: attention to it, 100 is even; circle: head "
-          f"{found['head']};\norder: one-line sequences, answer / z in the subgroup of that order, "
-          f"by chance order / {lab.p - 1}")
+    columns = [*SKILLS[:3], "circle", *(f"order {d}" for d in found["sizes"])]
+    rows = torch.column_stack([found[name] for name in ("skill", "circle", "subgroup")]).tolist()
+    table("Over training: accuracy by skill on validation tasks, and more",
+          {step: dict(zip(columns, row)) for step, row in zip(found["step"].tolist(), rows)},
+          f"circle: head {found['head']}; order: on one line, answer / z is in the subgroup of that "
+          f"order, by chance order / {lab.p - 1}")
 
 
 def draw_progress(plt, lab, found):
     if not found:
         return {}
     from matplotlib.animation import FuncAnimation
-    steps, (lim, x) = found["step"], (1.1 * found["plane"].abs().max(), g.grid(lab.p)[:, 0])
-    fig, ax = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    steps, lim = found["step"].tolist(), 1.1 * found["plane"].abs().max()
+    fig, ax = plt.subplots(figsize=(5.5, 3.6))
     ax.plot(steps, 100 * found["circle"], "k", label=f"circle, head {found['head']}")
-    for d, share in zip(subgroup_orders(lab.p), found["subgroup"].T):
+    for d, share in zip(found["sizes"], found["subgroup"].T):
         ax.plot(steps, 100 * share, label=f"one line: answer / z in the subgroup of order {d}")
     ax.set(xlabel="training step", ylabel="%")
     ax.legend(fontsize=7)
-    film, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    film, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
 
     def frame(i):
         left.clear()
         right.clear()
-        scatter(left, found["plane"][i].flatten(), x, lab.p)
-        left.set(title=f"step {steps[i]}: head {found['head']}; colour: log x", aspect="equal",
+        scatter(left, found["plane"][i].flatten(), g.grid(lab.p)[:, 0], lab.p)
+        left.set(title=f"step {steps[i]}, head {found['head']}; colour: log x", aspect="equal",
                  xlim=(-lim, lim), ylim=(-lim, lim), xticks=[], yticks=[])
-        rows = [row for row in found["curves"] if row["step"] <= steps[i]]
-        for name, style, label in (("id_train", "--C7", "i.d. tasks, train inputs"),
-                                   ("id_test", "-C7", "i.d. tasks, test inputs"),
-                                   ("val_ood_train", "--C0", "o.o.d. tasks, train inputs"),
-                                   ("val_ood_test", "-C0", "o.o.d. tasks, test inputs")):
+        rows = [row for row in found["history"] if row["step"] <= steps[i]]
+        for name, style in (("id_train", "--C7"), ("id_test", "C7"), ("val_ood_train", "--C0"),
+                            ("val_ood_test", "C0")):
             right.plot([row["step"] for row in rows], [100 * row[name] for row in rows], style,
-                       label=label)
-        right.set(xlim=(0, steps[-1]), ylim=(0, 100), xlabel="training step", ylabel="accuracy (%)")
+                       label=name.replace("_", " ") + " inputs")
+        right.set(title="accuracy at the last example (%)", xlabel="training step",
+                  xlim=(0, steps[-1]), ylim=(0, 100))
         right.legend(fontsize=8, loc="upper left")
     frames = [*range(0, len(steps), math.ceil(len(steps) / 48)), *[len(steps) - 1] * 8]
     return {"progress.png": fig, "progress.gif": FuncAnimation(film, frame, frames)}
@@ -841,61 +777,45 @@ def draw_progress(plt, lab, found):
 # Phases of many runs (figure 1b)
 # -------------------------------------------------------------------------------------------------
 
-PHASES = {"in-distribution memorization": ("IM", GREY), "o.o.d. memorization": ("OM", ORANGE),
-          "in-distribution generalization": ("IG", "cyan"), "o.o.d. generalization": ("OG", GREEN)}
+PHASES = {"in-distribution memorization": ("IM", "C7"), "o.o.d. memorization": ("OM", "C1"),
+          "in-distribution generalization": ("IG", "C9"), "o.o.d. generalization": ("OG", "C2")}
 
 
-def measure_phases(folders):
-    """{(alpha, tasks): phase} of every run under the folders, by its validation tasks."""
-    found, modulus = {}, None
-    for folder in folders or ["phases"]:
-        files = sorted(glob.glob(os.path.join(folder, "**", "best.pt"), recursive=True))
-        if not files:
-            raise ValueError(f"{folder}: no run (a folder with best.pt) there")
-        for file in files:
-            checkpoint, cfg, _ = g.load_checkpoint(file)
-            modulus = modulus or cfg.p
-            if cfg.p != modulus or (cfg.alpha, cfg.tasks) in found:
-                raise ValueError(f"{file}: p {cfg.p}, alpha {cfg.alpha}, {cfg.tasks} tasks; there "
-                                 f"is such a run already, or one of p {modulus}")
-            sets = g.eval_sequences(checkpoint["split"], "val_ood", g.EVAL_SEQUENCES, cfg.examples,
-                                    cfg.p, cfg.seed + 1)
-            ratio = [g.oracle_accuracy(tokens, cfg.p)[0][1, -1].item() for tokens in sets.values()]
-            model = [checkpoint["history"][-1][f"{name}_novel"] for name in sets]
-            found[cfg.alpha, cfg.tasks] = g.phase(model, ratio, cfg.p)
+def measure_phases(runs):
+    """{"alpha, tasks": phase} of runs (checkpoint, config), by their validation tasks."""
+    found = {}
+    for checkpoint, cfg in runs:
+        sets = g.eval_sequences(checkpoint["split"], "val_ood", g.EVAL_SEQUENCES, cfg.examples,
+                                cfg.p, cfg.seed + 1)
+        ratio = [g.oracle_accuracy(tokens, cfg.p)[0][1, -1].item() for tokens in sets.values()]
+        model = [checkpoint["history"][-1][f"{name}_novel"] for name in sets]
+        found[f"{cfg.alpha}, {cfg.tasks}"] = g.phase(model, ratio, cfg.p)
     return found
 
 
-def show_phases(found):
-    alphas, tasks = (sorted(set(values)) for values in zip(*found))
-    width = max(len(str(n)) for n in [*alphas, *tasks, "alpha"])
-    for row in [["alpha", *tasks]] + [[a, *(PHASES.get(found.get((a, n)), "?")[:2] for n in tasks)]
-                                      for a in alphas[::-1]]:
-        print("  ".join(str(v).rjust(width) for v in row))
+def show_phases(runs, found):
+    print("\nPhases by alpha, tasks (I, O: i.d., o.o.d.; M, G: memorization, generalization)")
+    for key, phase in found.items():
+        print(f"{key:>12}: {PHASES.get(phase, '?')[0]}")
 
 
-def draw_phases(plt, found):
-    alphas, tasks = (sorted(set(values)) for values in zip(*found))
-    fig, ax = plt.subplots(figsize=(1.8 + 0.8 * len(tasks), 1.4 + 0.6 * len(alphas)),
-                           layout="constrained")
-    for (alpha, n), name in found.items():
-        letters, colour = PHASES.get(name, ("?", "white"))
-        x, y = tasks.index(n), alphas.index(alpha)
-        ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=colour))
-        ax.text(x, y, letters, ha="center", va="center")
-    ax.set(xlim=(-0.5, len(tasks) - 0.5), ylim=(-0.5, len(alphas) - 0.5),
-           xlabel="pre-training tasks", ylabel="alpha",
+def draw_phases(plt, runs, found):
+    fig, ax = plt.subplots()
+    for (_, cfg), phase in zip(runs, found.values()):
+        letters, colour = PHASES.get(phase, ("?", "white"))
+        ax.plot(cfg.tasks, cfg.alpha, "s", color=colour, ms=30)
+        ax.text(cfg.tasks, cfg.alpha, letters, ha="center", va="center")
+    ax.set(xlabel="pre-training tasks", ylabel="alpha", xscale="log",
            title="I/O: i.d./o.o.d.; M/G: memorization/generalization")
-    ax.set_xticks(range(len(tasks)), tasks)
-    ax.set_yticks(range(len(alphas)), alphas)
+    ax.margins(0.15)
     return {"phases.png": fig}
 
 # -------------------------------------------------------------------------------------------------
 # Command line
 # -------------------------------------------------------------------------------------------------
 
-PARTS = ("shots", "skills", "attention", "pca", "fourier", "similarity", "ablation", "patching",
-         "labels", "frequencies", "progress")
+PARTS = ("shots", "skills", "attention", "pca", "fourier", "similarity", "patching", "labels",
+         "progress")
 
 
 def open_lab(path, device):
@@ -903,26 +823,38 @@ def open_lab(path, device):
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     device = g.pick_device(device)
     checkpoint, cfg, model = g.load_checkpoint(file, device)
-    return SimpleNamespace(folder=os.path.dirname(file), model=model, cfg=cfg, p=cfg.p,
-                           k=cfg.examples, device=device, **{
-                               name: checkpoint[name] for name in ("split", "step", "history")})
+    return SimpleNamespace(
+        model=model, cfg=cfg, p=cfg.p, k=cfg.examples, folder=os.path.dirname(file), device=device,
+        heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
+        **{name: checkpoint[name] for name in ("split", "step", "history")})
+
+
+def open_runs(folders):
+    """All runs under the folders: [(checkpoint, config)], of one p, no two of one alpha and tasks."""
+    runs, seen = [], {}
+    for folder in folders or ["phases"]:
+        files = sorted(glob.glob(os.path.join(folder, "**", "best.pt"), recursive=True))
+        if not files:
+            raise ValueError(f"{folder}: no run (a folder with best.pt) there")
+        for file in files:
+            checkpoint, cfg, _ = g.load_checkpoint(file)
+            runs.append((checkpoint, cfg))
+            if cfg.p != runs[0][1].p:
+                raise ValueError(f"{file}: p is {cfg.p}, but {runs[0][1].p} in runs before it")
+            if (other := seen.setdefault((cfg.alpha, cfg.tasks), file)) != file:
+                raise ValueError(f"{file}: alpha {cfg.alpha} and {cfg.tasks} tasks, as {other}")
+    return runs
 
 
 def save(out, found):
-    """found to out/analysis.json, its tensors to out/analysis.npz."""
-    arrays = {}
-
-    def plain(value, path):
-        if isinstance(value, torch.Tensor):
-            arrays[path] = value.numpy()
-            return f"in analysis.npz: {path}"
-        if isinstance(value, dict):
-            return {str(k): plain(v, f"{path}/{k}".lstrip("/")) for k, v in value.items()}
-        return None if value != value else value                                     # nan
-    text = json.dumps(plain(found, ""), indent=1)
-    g.write_file(os.path.join(out, "analysis.json"), text.encode())
+    """{part: {name: value}} to out/analysis.json, the tensors among them to out/analysis.npz."""
+    kept = {part: {name: value for name, value in values.items()
+                   if not isinstance(value, torch.Tensor)} for part, values in found.items()}
+    arrays = {f"{part}/{name}": value.numpy() for part, values in found.items()
+              for name, value in values.items() if isinstance(value, torch.Tensor)}
     np.savez_compressed(buffer := io.BytesIO(), **arrays)
     g.write_file(os.path.join(out, "analysis.npz"), buffer.getbuffer())
+    g.write_file(os.path.join(out, "analysis.json"), json.dumps(kept, indent=1).encode())
 
 
 def main(argv=None):
@@ -942,8 +874,7 @@ def main(argv=None):
         for part in [] if phases else args.parts:
             if part not in PARTS:
                 raise ValueError(f"{part}: no such part; there are {', '.join(PARTS)}")
-        lab = None if phases else open_lab(args.path, args.device)
-        found = measure_phases(args.parts) if phases else {}
+        lab = open_runs(args.parts) if phases else open_lab(args.path, args.device)
         out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         os.makedirs(out, exist_ok=True)
@@ -954,27 +885,20 @@ def main(argv=None):
     try:
         import matplotlib
         matplotlib.use("Agg")
+        matplotlib.rcParams |= {"font.size": 8, "figure.constrained_layout.use": True}
         import matplotlib.pyplot as plt
     except ImportError:
         plt = print("No pictures: pip install matplotlib")
-    written = ["analysis.json", "analysis.npz"]
-
-    def draw(figures):
-        for name, figure in figures.items():
-            path = os.path.join(out, name)
-            figure.savefig(path) if name.endswith("png") else figure.save(path, "pillow", fps=4)
-            written.append(name)
-        plt.close("all")
-    if phases:
-        show_phases(found)
-        save(out, {f"alpha {a}, {n} tasks": name for (a, n), name in found.items()})
-        draw(draw_phases(plt, found) if plt else {})
-    for part in [] if phases else [part for part in PARTS if part in (args.parts or PARTS)]:
-        found[part] = globals()[f"measure_{part}"](lab)
-        globals()[f"show_{part}"](lab, found[part])
+    found, written, here = {}, ["analysis.json", "analysis.npz"], globals()
+    for part in ["phases"] if phases else [p for p in PARTS if p in (args.parts or PARTS)]:
+        found[part] = here[f"measure_{part}"](lab)
+        here[f"show_{part}"](lab, found[part])
         save(out, found)                                 # after each, so that Ctrl-C loses but one
-        if plt and f"draw_{part}" in globals():
-            draw(globals()[f"draw_{part}"](plt, lab, found[part]))
+        figures = here[f"draw_{part}"](plt, lab, found[part]) if plt and f"draw_{part}" in here else {}
+        for name, figure in figures.items():
+            write = figure.savefig if name.endswith("png") else figure.save
+            write(os.path.join(out, name))
+            written.append(name)
     print(f"\nWrote {', '.join(written)} to {out}")
 
 
