@@ -2,8 +2,7 @@
 Look inside a model that grok_icl.py trained: which algorithm did it learn, and where?
 
     python analyze.py assets/p29.pt              everything, for one checkpoint
-    python analyze.py out/RUN                    the same for a run's best checkpoint
-    python analyze.py out/RUN skills pca         some parts only
+    python analyze.py out/RUN skills pca         some parts, for a run's best checkpoint
     python analyze.py phases out/SWEEP           many runs: which phase has which (tasks, alpha)
 
 One section for each figure of He, Doshi, Das, Gromov (NeurIPS 2024), and some tests of our own. In
@@ -36,7 +35,14 @@ SEED = 7                      # of the contexts and of the random orders
 CONTEXTS = 4                  # over which pca, fourier and similarity are averaged
 SEQUENCES = 256               # for attention, patching and labels
 NULLS = 200                   # random orders of the residues: a p-value can be as low as 1 / 201
+KEPT = (1, 2, 4, 8, 16)       # characters of each function
+PARTS = "shots skills attention pca fourier similarity patching labels progress".split()
 GROUPS = ("multiplicative", "additive")
+SKILLS = ("copy", "ratio", "regression", "undetermined")
+WHO = ("model", "ratio", "regression", "exact memory", "best fit")
+POSITIONS = {"x": slice(0, None, 3), "y": slice(1, None, 3), "z": slice(2, None, 3)}
+PHASES = {"in-distribution memorization": "IM", "in-distribution generalization": "IG",
+          "o.o.d. memorization": "OM", "o.o.d. generalization": "OG"}
 
 # -------------------------------------------------------------------------------------------------
 # Probes: contexts, every query after one, what a module reads, and changes of it
@@ -47,11 +53,6 @@ def contexts(lab, kind, n, examples):
     tasks, generator = lab.split[kind], torch.Generator().manual_seed(SEED)
     draw = torch.randint(lab.p ** 2, (n, examples), generator=generator)
     return tasks[torch.arange(n) % len(tasks)], g.grid(lab.p)[draw]
-
-
-def sequences(lab, kind):
-    """Contexts as tokens (SEQUENCES, 3k); each of their inputs is a query too."""
-    return g.to_tokens(*contexts(lab, kind, SEQUENCES, lab.k), lab.p)
 
 
 def sites(model):
@@ -93,12 +94,9 @@ def query_grid(task, inputs, p):
 
 @torch.no_grad()
 def ask(lab, task, inputs):
-    """
-    The z that the model predicts for each query of query_grid, (p, p), at a fraction of the cost.
-
-    Row x of the batch has the context once and behind it the queries (x, 0), (x, 1), ... Each is
-    placed right behind the context and is blind to the other queries, as if it came alone.
-    """
+    """What the model says to each query of query_grid, (p, p), at a fraction of the cost."""
+    # Row x of the batch has the context once and behind it the queries (x, 0), (x, 1), ... Each is
+    # placed right behind the context and is blind to the other queries, as if it came alone.
     n, p, first = len(inputs), lab.p, lab.model.blocks[0].attention
     inputs = torch.cat((inputs.expand(p, -1, -1), g.grid(p).view(p, p, 2)), dim=1)   # (p, n + p, 2)
     tokens = g.to_tokens(task.expand(p, 2), inputs, p).to(lab.device)                # (p, T)
@@ -114,12 +112,9 @@ def ask(lab, task, inputs):
 
 
 def observed(lab):
-    """
-    After CONTEXTS contexts and each query: every site at y, {site: (n, N, p, p)}; and "outputs".
-
-    Those are (n, p, p, 3, L*H, C), at x, y and z: what each head adds to the residual stream, with
-    its output matrix, standardized as the authors do it. Computed once.
-    """
+    """After CONTEXTS contexts, kept: each site at the query's y, (n, N, p, p), and "outputs"."""
+    # "outputs" (n, p, p, 3, L*H, C): what each head adds to the residual stream at x, y and z, with
+    # its output matrix, and standardized as the authors do it.
     if not hasattr(lab, "observed"):
         lab.observed, outputs, by_head = {}, [], (lab.cfg.heads, -1)
         runs = [record(sites(lab.model), lambda: ask(lab, *context))
@@ -130,7 +125,8 @@ def observed(lab):
             lab.observed[site] = seen[:, :, :, 1].movedim(-1, 1).contiguous()
             if "heads" in site:
                 weight = module.weight.detach().cpu().unflatten(1, by_head)
-                outputs.append(torch.einsum("...hd,chd->...hc", seen.unflatten(-1, by_head), weight))
+                heads = seen.unflatten(-1, by_head)                            # (n, p, p, 3, H, D)
+                outputs.append(torch.einsum("...hd,chd->...hc", heads, weight))
         lab.observed["outputs"] = F.layer_norm(torch.cat(outputs, -2), (lab.cfg.embd,))
     return lab.observed
 
@@ -142,23 +138,16 @@ def powers(p):
 
 
 def orders(group, p, n):
-    """
-    The residues in the order of a group, for x and for y, then n times at random: (n + 1, 2, m).
-
-    Multiplicative: by logarithm; 0 has none, m = p - 1. Additive: 0 ... p-1.
-    """
+    """The residues in a group's order, for x and for y, then n times at random: (n + 1, 2, m)."""
+    # multiplicative: by logarithm; 0 has none, so m = p - 1
     true = powers(p) if group == "multiplicative" else torch.arange(p)
     draw = torch.rand(n, 2, len(true), generator=torch.Generator().manual_seed(SEED))
     return torch.cat((true.expand(1, 2, -1), true[draw.argsort(-1)]))
 
 
 def against_null(measure, group, p, names, columns):
-    """
-    measure(order_x, order_y) -> (names, columns) in the true order of a group and in random ones.
-
-    {name: {column: value, its "null": what 95% of NULLS random orders stay below, its "p"}}. In the
-    row "best of all" the highest value meets the null of the highest.
-    """
+    """{name: {column: value, "null": 95% of random orders, "p"}} of measure(order_x, order_y)."""
+    # It returns (names, columns). In a last row the highest value meets the null of the highest.
     scores = torch.stack([measure(*order) for order in orders(group, p, NULLS)]).double()
     scores = torch.cat((scores, scores.amax(1, keepdim=True)), dim=1)
     value, null = scores[0], scores[1:]
@@ -169,12 +158,13 @@ def against_null(measure, group, p, names, columns):
 
 
 def table(title, rows, note=""):
-    """Print {name: {column: value}} in percent; nan as a dash."""
+    """Print {name: {column: number or text}}, numbers in percent, nan as a dash."""
+    def text(v):
+        return v if isinstance(v, str) else "-" if math.isnan(v) else f"{100 * v:.1f}"
     cells = [["", *map(str, next(iter(rows.values())))]]
-    cells += [[str(name), *("-" if math.isnan(v) else f"{100 * v:.1f}" for v in row.values())]
-              for name, row in rows.items()]
+    cells += [[str(name), *map(text, row.values())] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    print(f"\n{title}, in %\n" + "-" * (len(title) + 6) + (f"\n{note}" if note else ""))
+    print("\n" + title + "\n" + "-" * len(title) + (note and "\n" + note))
     for row in cells:
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
 
@@ -182,16 +172,10 @@ def table(title, rows, note=""):
 # Accuracy over shots, and what memory alone could do (figure 1c)
 # -------------------------------------------------------------------------------------------------
 
-WHO = ("model", "ratio", "regression", "exact memory", "best fit")
-
-
 def memory_scores(tokens, tasks, p):
-    """
-    Expected scores of answering with the pre-training tasks (n, 2) alone, two memories: (2, B, k).
-
-    Exact: what most of the tasks say that fit all examples so far, a guess if none does. Best fit:
-    the tasks that fit the most examples, which a soft memory could find, even if none fits all.
-    """
+    """Expected scores (2, B, k) of answering with the pre-training tasks (n, 2) alone, two ways."""
+    # Exact: what most of the tasks say that fit all examples so far, a guess if none does. Best
+    # fit: those that fit the most examples, which a soft memory could find, even if none fits all.
     xy, z = tokens.unflatten(1, (-1, 3)).split([2, 1], dim=-1)                       # (B, k, 2 | 1)
     said = (xy.float() @ tasks.T.float()).long() % p                                 # (B, k, n)
     fits = F.pad((said == z).int().cumsum(1)[:, :-1], (0, 0, 1, 0))                  # (B, k, n)
@@ -215,12 +199,11 @@ def measure_shots(lab):
 
 
 def show_shots(lab, found):
-    for n, queries in enumerate(("all", "novel")):
-        rows = {name: {who: found[f"{name}, {who}"][n, -1].item() for who in WHO}
-                for name in ("id_train", "id_test", "test_ood_train", "test_ood_test")}
-        table(f"Accuracy after {lab.k - 1} shots, {queries} queries", rows,
-              f"exact memory of the {len(lab.split['id'])} pre-training tasks; best fit: those that "
-              f"fit the most examples; chance {100 / lab.p:.1f}")
+    sets = ("id_train", "id_test", "test_ood_train", "test_ood_test")
+    table(f"Accuracy on novel queries after {lab.k - 1} shots, in %", {name: {
+        who: found[f"{name}, {who}"][1, -1].item() for who in WHO} for name in sets},
+        f"exact memory of the {len(lab.split['id'])} pre-training tasks; best fit: those that fit "
+        f"the most examples; chance {100 / lab.p:.1f}")
 
 
 def draw_shots(plt, lab, found):
@@ -237,9 +220,6 @@ def draw_shots(plt, lab, found):
 # Skills: which queries are answered? (figure 5)
 # -------------------------------------------------------------------------------------------------
 
-SKILLS = ("copy", "ratio", "regression", "undetermined")
-
-
 def skill_of(tokens, p):
     """The least skill that answers each query, (B, k), as an index into SKILLS."""
     ratio, regression = g.solvable(tokens, p)
@@ -248,12 +228,9 @@ def skill_of(tokens, p):
 
 
 def measure_skills(lab):
-    """
-    All p*p queries after contexts of o.o.d. tasks, by the least skill that answers them.
-
-    "accuracy": (shots, 4, 4), of queries of any kind, with x = 0, with y = 0 alone, and with
-    neither; by skill. "right", "skill": (shots, p, p) after one context.
-    """
+    """All p*p queries after contexts of o.o.d. tasks, by the least skill that answers them."""
+    # "accuracy" (shots, 4, 4): of any query, x = 0, y = 0 alone, neither; by skill. "right" and
+    # "skill" (shots, p, p): after one context.
     p, shots = lab.p, [s for s in g.SHOTS if 0 < s < lab.k - 1] + [lab.k - 1]
     tasks, inputs = contexts(lab, "test_ood", 3 * CONTEXTS, lab.k - 1)
     x, y = g.grid(p).T
@@ -276,7 +253,7 @@ def show_skills(lab, found):
     rows = dict(zip(found["shots"], found["accuracy"][:, 0].tolist())) | {
         f"{lab.k - 1}, {name}": row for name, row in
         zip(("x = 0", "y = 0", "neither"), found["accuracy"][-1, 1:].tolist())}
-    table("Accuracy after some shots by the least skill that answers a query",
+    table("Accuracy after some shots, in %, by the least skill that answers a query",
           {name: dict(zip(SKILLS, row)) for name, row in rows.items()},
           f"{3 * CONTEXTS} contexts, then all {lab.p ** 2} queries; chance {100 / lab.p:.1f}")
 
@@ -284,11 +261,10 @@ def show_skills(lab, found):
 def draw_skills(plt, lab, found):
     fig, ax = plt.subplots(figsize=(5.5, 3.6))
     for s, colour in ((0, "C7"), (1, "C1"), (2, "C2")):
-        ax.plot(found["shots"], 100 * found["accuracy"][:, 0, s], ".-", color=colour,
-                label=("copies", "Ratio Matching", "only Modular Regression")[s])
+        ax.plot(found["shots"], 100 * found["accuracy"][:, 0, s], f".-{colour}", label=SKILLS[s])
     ax.axhline(100 / lab.p, color="black", lw=0.8, ls=":", label="chance")
     ax.set(xlabel="shots", ylabel="accuracy (%)", ylim=(0, 104))
-    ax.legend(title="queries by what answers them")
+    ax.legend(title="least skill that answers the query")
     chosen = [i for i, s in enumerate(found["shots"]) if s in (1, 2, 12, lab.k - 1)]
     grid, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen) + 1, 6.6), squeeze=False)
     for column, i in zip(axes.T, chosen):
@@ -312,12 +288,8 @@ def lines(tokens, p):
 
 
 def attention_to_line(weights, tokens, p):
-    """
-    From the y of a query, weights (B, H, k, 3k - 1), attention to the examples on its line: (H,).
-
-    As a multiple of an even spread of the attention to earlier examples. Over novel queries of
-    which some, not all, earlier examples lie on the line.
-    """
+    """How much heads look from a query's y at examples on its line, of an even spread: (H,)."""
+    # weights (B, H, k, 3k - 1); of novel queries with some, not all, examples on their line.
     line = lines(tokens, p)
     same = ((line[:, :, None] == line[:, None]) & (line[:, :, None] >= 0)).tril(-1)  # (B, k, k)
     shots = torch.arange(line.size(1))
@@ -329,8 +301,8 @@ def attention_to_line(weights, tokens, p):
 
 
 def measure_attention(lab):
-    """Of each head: "line", attention_to_line; "maps", (L, H, 15, 15), the mean at five examples."""
-    tokens = sequences(lab, "test_ood")
+    """Of each head: "line", attention_to_line; "maps" (L, H, 15, 15), mean of five examples."""
+    tokens = g.to_tokens(*contexts(lab, "test_ood", SEQUENCES, lab.k), lab.p)
     scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
                     lambda: answers(lab, tokens)).values()                           # (B, H, T, T)
     weights = [s.softmax(-1) for s in scores]
@@ -340,22 +312,18 @@ def measure_attention(lab):
 
 
 def show_attention(lab, found):
-    table("Attention from a query's y to the examples on its line", {"head": found["line"]},
+    table("Attention from a query's y to the examples on its line, in %", {"head": found["line"]},
           "100 is an even spread over earlier examples")
 
 
 def draw_attention(plt, lab, found):
     L, H, T = found["maps"].shape[:3]
     fig, axes = plt.subplots(L, H, figsize=(2.3 * H, 2.5 * L), squeeze=False)
-    for ax, values, (head, line) in zip(axes.flat, found["maps"].flatten(0, 1),
-                                        found["line"].items()):
-        image = ax.imshow(values, vmin=0, vmax=1)
-        ax.set(title=f"head {head}; line {line:.1f} times even")
-        ax.set_xticks(range(T), ("xyz" * 5)[:T])
-        ax.set_yticks(range(T), ("xyz" * 5)[:T])
-    fig.supxlabel("looks at")
-    fig.supylabel("position")
-    fig.colorbar(image, ax=axes, label="attention, mean over sequences", shrink=0.7)
+    for ax, weights, head in zip(axes.flat, found["maps"].flatten(0, 1), lab.heads):
+        image = ax.imshow(weights, vmin=0, vmax=1)
+        ax.set(title=f"head {head}; line {found['line'][head]:.1f} times even", xticks=range(T),
+               yticks=range(T), xticklabels=list("xyz" * 5)[:T], yticklabels=list("xyz" * 5)[:T])
+    fig.colorbar(image, ax=axes, label="attention to column, mean over sequences", shrink=0.7)
     return {"attention.png": fig}
 
 # -------------------------------------------------------------------------------------------------
@@ -381,11 +349,8 @@ def head_planes(lab, n=CONTEXTS):
 
 
 def character_power(f, order_x, order_y):
-    """
-    Power of functions (..., p, p) in each character (k, l) of a group: (..., m, m), the mean's 0.
-
-    A character is exp(2 pi i (k u + l v) / m), u and v the places of x and y in the order.
-    """
+    """Power of functions (..., p, p) in each character (k, l) of a group, the mean's 0."""
+    # A character is exp(2 pi i (k u + l v) / m), u and v the places of x and y: (..., m, m).
     coefficients = torch.fft.fft2(f[..., order_x[:, None], order_y], norm="forward")
     power = coefficients.real.square() + coefficients.imag.square()
     power[..., 0, 0] = 0
@@ -398,23 +363,16 @@ def conjugate(power):
 
 
 def circles(planes, order_x, order_y):
-    """
-    Which share of the variance of planes (..., p, p) is one circle, and which two: (..., 2).
-
-    A circle is a point c exp(2 pi i (k u + l v) / m) for each (x, y); with as much of the conjugate
-    it would be a line. A circle of circles is two: a large one in x, say, and a small one in y.
-    """
+    """Share of the variance of planes (..., p, p) that is one circle, and that is two: (..., 2)."""
+    # A circle is one character; with as much of its conjugate it would be a line. A circle of
+    # circles is two: a large one in x, say, and on it a small one in y.
     power = character_power(planes, order_x, order_y)
     best = (power - conjugate(power)).flatten(-2).topk(2).values.cumsum(-1)
     return best / power.sum((-2, -1)).clamp(min=1e-30)[..., None]
 
 
 def measure_pca(lab):
-    """
-    Circles in the plane of each head's output, one context at a time.
-
-    {group: {head: {"circle", "two circles", and their nulls}}}; "plane" (p, p) of the clearest.
-    """
+    """{group: {head: {"circle", "two circles", nulls}}}; "plane" (p, p) of the clearest head."""
     heads = head_planes(lab)
     planes = torch.stack(list(heads.values()))                                       # (N, n, p, p)
     found = {group: against_null(lambda x, y: circles(planes, x, y).mean(1), group, lab.p, heads,
@@ -424,7 +382,7 @@ def measure_pca(lab):
 
 
 def show_pca(lab, found):
-    table("PCA of heads' outputs: share of the plane that is a circle by logarithm",
+    table("PCA of heads' outputs: share of the plane, in %, that is a circle by logarithm",
           found["multiplicative"] | {"best by residue": found["additive"]["best of all"]},
           f"mean of {CONTEXTS} contexts; null: 95% of {NULLS} random orders")
 
@@ -439,33 +397,26 @@ def scatter(ax, plane, residue, p):
 
 def draw_pca(plt, lab, found):
     (x, y), plane = g.grid(lab.p).T, found["plane"]
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    scatter(axes[0], plane.flatten(), x, lab.p)
-    scatter(axes[1], plane.flatten(), y, lab.p)
     apart = (plane - plane[:, 1:].mean(1, keepdim=True))[1:].flatten()
-    points = scatter(axes[2], apart, y[x > 0], lab.p)
-    for ax, title in zip(axes, ("colour: x", "colour: y", "colour: y; less the mean of each x")):
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4.2))
+    for ax, points, residue, title in zip(
+            axes, (plane.flatten(), plane.flatten(), apart), (x, y, y[x > 0]),
+            ("colour: x", "colour: y", "colour: y; less the mean of each x")):
+        dots = scatter(ax, points, residue, lab.p)
         ax.set(title=title, aspect="equal", xlabel="first component", ylabel="second component")
-    fig.colorbar(points, ax=axes, label=f"logarithm to base {powers(lab.p)[1]} (black: 0)")
+    fig.colorbar(dots, ax=axes, label=f"logarithm to base {powers(lab.p)[1]} (black: 0)")
     share = found["multiplicative"][found["clearest"]]["circle"]
-    fig.suptitle(f"Head {found['clearest']}, one context: {100 * share:.1f}% is one circle by "
-                 f"logarithm where x, y are not 0")
+    fig.suptitle(f"Head {found['clearest']}, one context; one circle without zeros: {share:.1%}")
     return {"pca.png": fig}
 
 # -------------------------------------------------------------------------------------------------
 # Fourier: are the sites at the query's y characters of x and y, of which group, and how many?
 # -------------------------------------------------------------------------------------------------
 
-KEPT = (1, 2, 4, 8, 16)
-
-
 def one_frequency(f, order_x, order_y):
-    """
-    Of functions f (contexts, n, p, p): share of those with one frequency, of power in ratios: (2,).
-
-    One frequency: a quarter of the variance is in one character, so half with its conjugate's. The
-    characters (k, -k) depend on x/y, or x - y, alone.
-    """
+    """Of f (contexts, n, p, p): share of functions with one frequency; of power in ratios: (2,)."""
+    # One frequency: a quarter of the variance is in one character, so half with its conjugate's.
+    # The characters (k, -k) depend on x/y, or x - y, alone.
     power, k = character_power(f, order_x, order_y), torch.arange(1, len(order_x))
     shares = (power / power.sum((-2, -1), keepdim=True).clamp(min=1e-30)).mean(0)    # (n, m, m)
     one = shares.amax((-2, -1)) >= 0.25                                              # (n,)
@@ -481,12 +432,8 @@ def keep_characters(f, order, mask):
 
 
 def accuracy_with(lab, site, group, n):
-    """
-    Accuracy on ratio queries without zeros if a site keeps n characters of each of its functions.
-
-    It is filtered at the query's y after one context; the strongest characters are those after
-    contexts of other tasks.
-    """
+    """Accuracy on ratio queries without zeros if a site keeps n characters of each function."""
+    # At the query's y, after one context. The strongest are those after contexts of other tasks.
     context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k - 1)]
     tokens, order = query_grid(*context, lab.p), orders(group, lab.p, 0)[0, 0]
     power = character_power(observed(lab)[site][:2], order, order).mean(0)           # (n, m, m)
@@ -511,15 +458,15 @@ def measure_fourier(lab):
         lambda x, y: torch.stack([one_frequency(f, x, y) for f in fs.values()]), group, lab.p,
         [f"{site}, {f.size(1)} vary" for site, f in fs.items()], ("one frequency", "ratio"))
         for group in GROUPS}
-    return found | {"kept": {f"{site}, {group}": {n: accuracy_with(lab, site, group, n)
-                                                  for n in KEPT} for site in fs for group in GROUPS}}
+    return found | {"kept": {f"{site}, {group}": {
+        n: accuracy_with(lab, site, group, n) for n in KEPT} for site in fs for group in GROUPS}}
 
 
 def show_fourier(lab, found):
     for group in GROUPS:
-        table(f"Functions at the query's y, {group} characters: share with one frequency; power in "
-              f"ratios", found[group], f"null: 95% of {NULLS} random orders of the residues")
-    table("Accuracy on ratio queries with only so many characters of each function kept",
+        table(f"Functions at the query's y, {group} group, in %: with one frequency; power in "
+              "ratios", found[group], f"null: 95% of {NULLS} random orders of the residues")
+    table("Accuracy on ratio queries, in %, with only so many characters of each function kept",
           found["kept"], "at the query's y; the strongest in other contexts")
 
 # -------------------------------------------------------------------------------------------------
@@ -527,12 +474,8 @@ def show_fourier(lab, found):
 # -------------------------------------------------------------------------------------------------
 
 def ratio_gap(similarity, order_x, order_y):
-    """
-    Mean of similarity (N, p*p, p*p) between inputs of equal ratio y/x less that of unequal: (N,).
-
-    Ratios by the orders of the nonzero residues. Pairs that share x or y, which are alike for that
-    reason, have been set to 0.
-    """
+    """Mean similarity (N, p*p, p*p) of inputs of equal ratio y/x less that of unequal: (N,)."""
+    # Ratios by the orders of the nonzero residues. Pairs that share x or y, or have a 0, are 0.
     m, place = len(order_x), torch.arange(len(order_x))
     ratio = torch.zeros(similarity.size(-1), m)                                      # (p*p, m)
     inputs = order_x[:, None] * (m + 1) + order_y
@@ -546,21 +489,18 @@ def measure_similarity(lab):
     """"gaps": {head and position: ratio_gap and its null}; "image": the clearest's similarity."""
     x, y = g.grid(lab.p).T
     apart = (x[:, None] != x) & (y[:, None] != y) & (x * y > 0) & (x * y > 0)[:, None]
-    images = {}
-    for position, at in (("y", 1), ("z", 2)):
-        vectors = F.normalize(observed(lab)["outputs"][..., at, :, :].flatten(1, 2), dim=-1)
-        for h, head in enumerate(lab.heads):
-            v = vectors[:, :, h]                                                     # (n, p*p, C)
-            images[f"head {head} at {position}"] = (v @ v.mT).mean(0)
-    similarity = torch.stack(list(images.values()))
+    v = observed(lab)["outputs"][:, :, :, 1:].flatten(1, 2)                    # (n, p*p, 2, LH, C)
+    v = F.normalize(v, dim=-1)
+    similarity = torch.einsum("nithc,njthc->thij", v, v).flatten(0, 1) / len(v)
+    names = [f"head {head} at {at}" for at in "yz" for head in lab.heads]
     gaps = against_null(lambda x, y: ratio_gap(similarity * apart, x, y)[:, None],
-                        "multiplicative", lab.p, images, ("gap",))
-    clearest = max(images, key=lambda name: gaps[name]["gap"])
-    return {"gaps": gaps, "clearest": clearest, "image": images[clearest]}
+                        "multiplicative", lab.p, names, ("gap",))
+    clearest = max(names, key=lambda name: gaps[name]["gap"])
+    return {"gaps": gaps, "clearest": clearest, "image": similarity[names.index(clearest)]}
 
 
 def show_similarity(lab, found):
-    table("Cosine similarity of outputs: inputs of equal ratio y/x less unequal", found["gaps"],
+    table("Cosine similarity times 100: inputs of equal ratio y/x less unequal", found["gaps"],
           f"null: 95% of {NULLS} random orders of the residues")
 
 
@@ -571,16 +511,12 @@ def draw_similarity(plt, lab, found):
     fig, ax = plt.subplots(figsize=(5.6, 5))
     image = ax.imshow(found["image"][inputs][:, inputs], vmin=-1, vmax=1, cmap="RdBu_r")
     fig.colorbar(image, label="cosine similarity", shrink=0.8)
-    ax.set(title=f"{found['clearest']}: inputs sorted by log(y/x), then log x", xlabel="input",
-           ylabel="input")
+    ax.set(title=f"{found['clearest']}: inputs (x, y) sorted by log(y/x), then log x")
     return {"similarity.png": fig}
 
 # -------------------------------------------------------------------------------------------------
 # Patching: put another value into one part. Is it needed (its mean)? Does it carry the task?
 # -------------------------------------------------------------------------------------------------
-
-POSITIONS = {"x": slice(0, None, 3), "y": slice(1, None, 3), "z": slice(2, None, 3)}
-
 
 def parts_of(lab):
     """{"head 0.1" or "MLP 0": (its site, its slice of it)}."""
@@ -605,36 +541,33 @@ def answers_with(lab, tokens, values, changes):
 
 
 def measure_patching(lab):
-    """
-    Answers to ratio queries with a part held at its mean, or patched from a run on other tasks.
-
-    "parts": {part: {"held x": share right, ..., "patched x": share answered as the other task
-    would, ...}}, both runs on the same inputs. "kept": the heads without which, on validation
-    tasks, a tenth is lost; "only": right with all other heads held; "nothing": with none held.
-    """
+    """{"parts": {part: {"held x": accuracy on ratio queries, ..., "patched x": ..., ...}}}."""
+    # Held at its mean; or patched from a run with the same inputs on another task: how often the
+    # answer is the other task's. "kept": the heads without which, on validation tasks, a tenth is
+    # lost; "only": accuracy with all other heads held; "nothing": with none held.
+    known = g.to_tokens(*contexts(lab, "val_ood", SEQUENCES, lab.k), lab.p)
     tasks, inputs = contexts(lab, "test_ood", SEQUENCES, lab.k)
     ours, theirs = (g.to_tokens(t, inputs, lab.p) for t in (tasks, tasks.roll(1, 0)))
-    known, other = sequences(lab, "val_ood"), record(sites(lab.model), lambda: answers(lab, theirs))
-    means = {site: values.mean(0) for site, values in
-             record(sites(lab.model), lambda: answers(lab, known)).items()}
+    seen, other = (record(sites(lab.model), lambda: answers(lab, t)) for t in (known, theirs))
+    means = {site: values.mean(0) for site, values in seen.items()}
 
-    def share(changes, tokens=ours, values=means, wanted=ours):
-        right = answers_with(lab, tokens, values, changes) == wanted[:, 2::3]
-        counts = (skill_of(tokens, lab.p) == 1) & (tokens is wanted or ours[:, 2::3] != wanted[:, 2::3])
-        return right[counts].float().mean().item()
+    def share(changes, tokens=ours, values=means, wanted=None):
+        z = (tokens if wanted is None else wanted)[:, 2::3]
+        counts = (skill_of(tokens, lab.p) == 1) & ((wanted is None) | (z != tokens[:, 2::3]))
+        return (answers_with(lab, tokens, values, changes) == z)[counts].float().mean().item()
     heads = {part: (part, slice(None)) for part in parts_of(lab) if part.startswith("head")}
-    enough = share([], known, means, known) - 0.1
-    kept = [h for h, change in heads.items() if share([change], known, means, known) < enough]
+    enough = share([], known) - 0.1
+    kept = [head for head, change in heads.items() if share([change], known) < enough]
     return {"nothing": share([]), "kept": kept,
             "only": share([change for head, change in heads.items() if head not in kept]),
-            "parts": {part: {f"held {at}": share([(part, where)]) for at, where in POSITIONS.items()}
-                      | {f"patched {at}": share([(part, where)], ours, other, theirs)
-                         for at, where in POSITIONS.items()} for part in parts_of(lab)}}
+            "parts": {part: {f"{how} {at}": share([(part, where)], ours, *values)
+                             for how, values in (("held", (means,)), ("patched", (other, theirs)))
+                             for at, where in POSITIONS.items()} for part in parts_of(lab)}}
 
 
 def show_patching(lab, found):
-    table("Ratio queries answered right with a part held at its mean; as the other task would with "
-          "a part patched", found["parts"],
+    table("Ratio queries, in %: right with one part held at its mean; answered as the other task "
+          "would with it patched", found["parts"],
           f"nothing held: {100 * found['nothing']:.1f}; all heads but {', '.join(found['kept'])} "
           f"(chosen on validation tasks): {100 * found['only']:.1f}; chance {100 / lab.p:.1f}")
 
@@ -656,14 +589,10 @@ def divide(a, b, p):
 
 
 def measure_labels(lab):
-    """
-    How often the answer moves as each algorithm says, when one example's z is changed by delta.
-
-    By shots. "on": the only example on the query's line is changed, and the answer moves by c
-    delta, c = query / example. "off": another example is, and the answer stays. So Ratio Matching.
-    "two off": of two examples, none on the line, one is changed; the answer moves by c_i delta. So
-    Modular Regression. Chance is 1/p for the first and the last.
-    """
+    """{shots: how often the answer moves as an algorithm says if one z is changed by delta}."""
+    # Ratio Matching: "on", the one example on the query's line is changed: it moves by c delta, c =
+    # query / example; "off", another is: it stays. Modular Regression: "two off", one of two
+    # examples off the line is changed: it moves by c_i delta. Chance is 1/p, but for "off".
     p, generator, found = lab.p, torch.Generator().manual_seed(SEED), {}
 
     def moves(tokens, which, c):
@@ -686,36 +615,32 @@ def measure_labels(lab):
         tokens = pick(lab, 2, 0)
         u, v, _, r, s, _, x, y, _ = tokens.T
         c = divide((x * s - y * r) % p, (u * s - v * r) % p, p)                      # Cramer's rule
-        found[2]["two off"] = moves(tokens[c > 0], 0 * c[c > 0], c[c > 0])
+        tokens, c = tokens[c < p], c[c < p]                                          # independent
+        found[2]["two off"] = moves(tokens, 0 * c, c)
     return found
 
 
 def show_labels(lab, found):
-    table("One example's z changed: how often, by shots, the answer moves as an algorithm says",
-          found, "example on the query's line, another, as Ratio Matching says; one of two others, "
-          f"as Modular Regression\nsays; chance {100 / lab.p:.1f}")
+    table("One example's z changed: how often, in %, the answer moves as an algorithm says", found,
+          "by shots; on the query's line, or off it: as Ratio Matching says; two off: as Modular "
+          f"Regression; chance {100 / lab.p:.1f}")
 
 # -------------------------------------------------------------------------------------------------
 # Progress over training, from the snapshots of grok_icl.py --snapshots
 # -------------------------------------------------------------------------------------------------
 
 def measure_progress(lab):
-    """
-    Over the S snapshots: accuracy by "skill" (S, 3); "circle" (S,) and "plane" (S, p, p) of the
-    head that is clearest in the end; "subgroup" (S, n), for sequences of one line: how often answer
-    / z is in each subgroup. "history": training's evaluations.
-    """
-    files = sorted(glob.glob(os.path.join(lab.folder, "step*.pt")), key=lambda f: (len(f), f))
-    if not files:
-        return {}
+    """Over the S snapshots; the head is the one whose circle is clearest in the checkpoint."""
+    # "skill" (S, 3): accuracy on validation tasks; "circle" (S,) and "plane" (S, p, p) of the head;
+    # "subgroup" (S, n): how often, on one line, answer / z is in the subgroup of each of "sizes".
     order, heads = orders("multiplicative", lab.p, 0)[0], head_planes(lab, 1)
     head = max(heads, key=lambda name: circles(heads[name], *order)[0, 0])
     one = g.training_batch(lab.split, g.line_of(lab.split["train_inputs"], lab.p), lab.cfg, 1,
                            torch.Generator().manual_seed(SEED))
-    tokens, z = sequences(lab, "val_ood"), one[:, 2::3]
-    skill, found = skill_of(tokens, lab.p), []
+    tokens = g.to_tokens(*contexts(lab, "val_ood", SEQUENCES, lab.k), lab.p)
+    skill, z, found = skill_of(tokens, lab.p), one[:, 2::3], []
     sizes = [d for d in range(1, lab.p - 1) if (lab.p - 1) % d == 0]
-    for now in (open_lab(file, lab.device) for file in files):
+    for now in (open_lab(file, lab.device) for file in lab.snapshots):
         right = answers(now, tokens) == tokens[:, 2::3]
         plane = head_planes(now, 1)[head][0]
         if found:                                        # turn, or mirror, as it was before
@@ -733,19 +658,15 @@ def measure_progress(lab):
 
 
 def show_progress(lab, found):
-    if not found:
-        return print("\nprogress: no step*.pt beside the checkpoint; train with --snapshots")
     columns = [*SKILLS[:3], "circle", *(f"order {d}" for d in found["sizes"])]
     rows = torch.column_stack([found[name] for name in ("skill", "circle", "subgroup")]).tolist()
-    table("Over training: accuracy by skill on validation tasks, and more",
+    table("Over training, in %: accuracy by skill on validation tasks, and more",
           {step: dict(zip(columns, row)) for step, row in zip(found["step"].tolist(), rows)},
-          f"circle: head {found['head']}; order: on one line, answer / z is in the subgroup of that "
-          f"order, by chance order / {lab.p - 1}")
+          f"circle: head {found['head']}; order: on one line, answer / z is in that subgroup, by "
+          f"chance order / {lab.p - 1}")
 
 
 def draw_progress(plt, lab, found):
-    if not found:
-        return {}
     from matplotlib.animation import FuncAnimation
     steps, lim = found["step"].tolist(), 1.1 * found["plane"].abs().max()
     fig, ax = plt.subplots(figsize=(5.5, 3.6))
@@ -753,7 +674,7 @@ def draw_progress(plt, lab, found):
     for d, share in zip(found["sizes"], found["subgroup"].T):
         ax.plot(steps, 100 * share, label=f"one line: answer / z in the subgroup of order {d}")
     ax.set(xlabel="training step", ylabel="%")
-    ax.legend(fontsize=7)
+    ax.legend()
     film, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
 
     def frame(i):
@@ -763,13 +684,13 @@ def draw_progress(plt, lab, found):
         left.set(title=f"step {steps[i]}, head {found['head']}; colour: log x", aspect="equal",
                  xlim=(-lim, lim), ylim=(-lim, lim), xticks=[], yticks=[])
         rows = [row for row in found["history"] if row["step"] <= steps[i]]
-        for name, style in (("id_train", "--C7"), ("id_test", "C7"), ("val_ood_train", "--C0"),
-                            ("val_ood_test", "C0")):
+        for name, style in zip(("id_train", "id_test", "val_ood_train", "val_ood_test"),
+                               ("--C7", "C7", "--C0", "C0")):
             right.plot([row["step"] for row in rows], [100 * row[name] for row in rows], style,
                        label=name.replace("_", " ") + " inputs")
         right.set(title="accuracy at the last example (%)", xlabel="training step",
                   xlim=(0, steps[-1]), ylim=(0, 100))
-        right.legend(fontsize=8, loc="upper left")
+        right.legend(loc="upper left")
     frames = [*range(0, len(steps), math.ceil(len(steps) / 48)), *[len(steps) - 1] * 8]
     return {"progress.png": fig, "progress.gif": FuncAnimation(film, frame, frames)}
 
@@ -777,84 +698,68 @@ def draw_progress(plt, lab, found):
 # Phases of many runs (figure 1b)
 # -------------------------------------------------------------------------------------------------
 
-PHASES = {"in-distribution memorization": ("IM", "C7"), "o.o.d. memorization": ("OM", "C1"),
-          "in-distribution generalization": ("IG", "C9"), "o.o.d. generalization": ("OG", "C2")}
-
-
 def measure_phases(runs):
-    """{"alpha, tasks": phase} of runs (checkpoint, config), by their validation tasks."""
+    """{alpha: {tasks: phase}} of runs, by their validation tasks."""
     found = {}
-    for checkpoint, cfg in runs:
+    for (alpha, tasks), (checkpoint, cfg) in runs.items():
         sets = g.eval_sequences(checkpoint["split"], "val_ood", g.EVAL_SEQUENCES, cfg.examples,
                                 cfg.p, cfg.seed + 1)
         ratio = [g.oracle_accuracy(tokens, cfg.p)[0][1, -1].item() for tokens in sets.values()]
         model = [checkpoint["history"][-1][f"{name}_novel"] for name in sets]
-        found[f"{cfg.alpha}, {cfg.tasks}"] = g.phase(model, ratio, cfg.p)
+        found.setdefault(alpha, {})[tasks] = g.phase(model, ratio, cfg.p)
     return found
 
 
 def show_phases(runs, found):
-    print("\nPhases by alpha, tasks (I, O: i.d., o.o.d.; M, G: memorization, generalization)")
-    for key, phase in found.items():
-        print(f"{key:>12}: {PHASES.get(phase, '?')[0]}")
-
-
-def draw_phases(plt, runs, found):
-    fig, ax = plt.subplots()
-    for (_, cfg), phase in zip(runs, found.values()):
-        letters, colour = PHASES.get(phase, ("?", "white"))
-        ax.plot(cfg.tasks, cfg.alpha, "s", color=colour, ms=30)
-        ax.text(cfg.tasks, cfg.alpha, letters, ha="center", va="center")
-    ax.set(xlabel="pre-training tasks", ylabel="alpha", xscale="log",
-           title="I/O: i.d./o.o.d.; M/G: memorization/generalization")
-    ax.margins(0.15)
-    return {"phases.png": fig}
+    columns = sorted({tasks for row in found.values() for tasks in row})
+    table("Phases by alpha and tasks", {
+        alpha: {n: PHASES.get(found[alpha].get(n), "?") for n in columns}
+        for alpha in sorted(found, reverse=True)},
+        "I, O: i.d., o.o.d.; M, G: memorization, generalization; ?: none of these")
 
 # -------------------------------------------------------------------------------------------------
 # Command line
 # -------------------------------------------------------------------------------------------------
-
-PARTS = ("shots", "skills", "attention", "pca", "fourier", "similarity", "patching", "labels",
-         "progress")
-
 
 def open_lab(path, device):
     """What every part needs: a model, its config and split, and where it is from."""
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     device = g.pick_device(device)
     checkpoint, cfg, model = g.load_checkpoint(file, device)
+    snapshots = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "step*.pt")),
+                       key=lambda name: (len(name), name))
     return SimpleNamespace(
-        model=model, cfg=cfg, p=cfg.p, k=cfg.examples, folder=os.path.dirname(file), device=device,
+        model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, snapshots=snapshots,
         heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
+        parts=PARTS if snapshots else PARTS[:-1],                # the last is progress
         **{name: checkpoint[name] for name in ("split", "step", "history")})
 
 
 def open_runs(folders):
-    """All runs under the folders: [(checkpoint, config)], of one p, no two of one alpha and tasks."""
-    runs, seen = [], {}
+    """{(alpha, tasks): (checkpoint, config)} of the runs under the folders, all of one p."""
+    runs = {}
     for folder in folders or ["phases"]:
         files = sorted(glob.glob(os.path.join(folder, "**", "best.pt"), recursive=True))
         if not files:
             raise ValueError(f"{folder}: no run (a folder with best.pt) there")
         for file in files:
             checkpoint, cfg, _ = g.load_checkpoint(file)
-            runs.append((checkpoint, cfg))
-            if cfg.p != runs[0][1].p:
-                raise ValueError(f"{file}: p is {cfg.p}, but {runs[0][1].p} in runs before it")
-            if (other := seen.setdefault((cfg.alpha, cfg.tasks), file)) != file:
-                raise ValueError(f"{file}: alpha {cfg.alpha} and {cfg.tasks} tasks, as {other}")
+            if (cfg.alpha, cfg.tasks) in runs:
+                raise ValueError(f"{file}: a second run of alpha {cfg.alpha}, {cfg.tasks} tasks")
+            runs[cfg.alpha, cfg.tasks] = checkpoint, cfg
+    if len(moduli := {cfg.p for _, cfg in runs.values()}) > 1:
+        raise ValueError(f"{' '.join(folders)}: runs of p {sorted(moduli)}; one diagram has one p")
     return runs
 
 
 def save(out, found):
     """{part: {name: value}} to out/analysis.json, the tensors among them to out/analysis.npz."""
-    kept = {part: {name: value for name, value in values.items()
-                   if not isinstance(value, torch.Tensor)} for part, values in found.items()}
     arrays = {f"{part}/{name}": value.numpy() for part, values in found.items()
               for name, value in values.items() if isinstance(value, torch.Tensor)}
     np.savez_compressed(buffer := io.BytesIO(), **arrays)
     g.write_file(os.path.join(out, "analysis.npz"), buffer.getbuffer())
-    g.write_file(os.path.join(out, "analysis.json"), json.dumps(kept, indent=1).encode())
+    text = json.dumps(found, indent=1, default=lambda tensor: "in analysis.npz")
+    g.write_file(os.path.join(out, "analysis.json"), text.encode())
 
 
 def main(argv=None):
@@ -871,10 +776,12 @@ def main(argv=None):
     try:
         args = parser.parse_intermixed_args(argv)
         phases = args.path == "phases"
-        for part in [] if phases else args.parts:
-            if part not in PARTS:
-                raise ValueError(f"{part}: no such part; there are {', '.join(PARTS)}")
         lab = open_runs(args.parts) if phases else open_lab(args.path, args.device)
+        parts = ["phases"] if phases else args.parts or lab.parts
+        for part in parts:
+            if not phases and part not in lab.parts:
+                raise ValueError(f"{part}: no such part; there are {', '.join(lab.parts)} (progress "
+                                 f"for a run with --snapshots)")
         out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         os.makedirs(out, exist_ok=True)
@@ -890,14 +797,13 @@ def main(argv=None):
     except ImportError:
         plt = print("No pictures: pip install matplotlib")
     found, written, here = {}, ["analysis.json", "analysis.npz"], globals()
-    for part in ["phases"] if phases else [p for p in PARTS if p in (args.parts or PARTS)]:
+    for part in parts:
         found[part] = here[f"measure_{part}"](lab)
         here[f"show_{part}"](lab, found[part])
         save(out, found)                                 # after each, so that Ctrl-C loses but one
-        figures = here[f"draw_{part}"](plt, lab, found[part]) if plt and f"draw_{part}" in here else {}
-        for name, figure in figures.items():
-            write = figure.savefig if name.endswith("png") else figure.save
-            write(os.path.join(out, name))
+        draw = here.get(f"draw_{part}") if plt else None
+        for name, figure in (draw(plt, lab, found[part]) if draw else {}).items():
+            (figure.savefig if name.endswith("png") else figure.save)(os.path.join(out, name))
             written.append(name)
     print(f"\nWrote {', '.join(written)} to {out}")
 
