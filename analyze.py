@@ -33,7 +33,7 @@ import grok_icl as g
 
 SEED = 7                      # of the contexts and of the random orders
 CONTEXTS = 4                  # over which pca, fourier and similarity are averaged
-SEQUENCES = 256               # for attention, patching and labels
+SEQUENCES = 128               # for attention, patching and progress; twice as many for labels
 NULLS = 200                   # random orders of the residues: a p-value can be as low as 1 / 201
 KEPT = (1, 2, 4, 8, 16)       # characters of each function
 PARTS = "shots skills attention pca fourier similarity patching labels progress".split()
@@ -189,7 +189,7 @@ def memory_scores(tokens, tasks, p):
 
 def measure_shots(lab):
     """Accuracy on the four sets, over all and novel queries: {"set, who": (2, k)}."""
-    sets, found = g.eval_sequences(lab.split, "test_ood", 4 * SEQUENCES, lab.k, lab.p, SEED), {}
+    sets, found = g.eval_sequences(lab.split, "test_ood", 8 * SEQUENCES, lab.k, lab.p, SEED), {}
     for name, tokens in sets.items():
         memory = torch.cat([memory_scores(t, lab.split["id"], lab.p) for t in tokens.split(16)], 1)
         curves = [g.evaluate(lab.model, tokens.to(lab.device)), *g.oracle_accuracy(tokens, lab.p),
@@ -202,8 +202,7 @@ def show_shots(lab, found):
     sets = ("id_train", "id_test", "test_ood_train", "test_ood_test")
     table(f"Accuracy on novel queries after {lab.k - 1} shots, in %", {name: {
         who: found[f"{name}, {who}"][1, -1].item() for who in WHO} for name in sets},
-        f"exact memory of the {len(lab.split['id'])} pre-training tasks; best fit: those that fit "
-        f"the most examples; chance {100 / lab.p:.1f}")
+        f"best fit: the pre-training tasks that fit most examples; chance {100 / lab.p:.1f}")
 
 
 def draw_shots(plt, lab, found):
@@ -213,7 +212,7 @@ def draw_shots(plt, lab, found):
             ax.plot(100 * found[f"test_ood_{side}, {who}"][1], style, label=f"{who}, o.o.d. tasks")
         ax.plot(100 * found[f"id_{side}, model"][1], "C7", label="model, i.d. tasks")
         ax.set(title=f"{side} inputs", xlabel="shots", ylabel="accuracy on novel queries (%)")
-    axes[1].legend(loc="center right")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
     return {"shots.png": fig}
 
 # -------------------------------------------------------------------------------------------------
@@ -283,8 +282,7 @@ def draw_skills(plt, lab, found):
 def lines(tokens, p):
     """The line through the origin that each input lies on, (B, k); -1 for (0, 0), on all."""
     xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
-    line = g.line_of(xy.flatten(0, 1), p).view(xy.shape[:2])
-    return line.masked_fill((xy == 0).all(-1), -1)
+    return g.line_of(xy.flatten(0, 1), p).view(xy.shape[:2]).masked_fill((xy == 0).all(-1), -1)
 
 
 def attention_to_line(weights, tokens, p):
@@ -312,8 +310,8 @@ def measure_attention(lab):
 
 
 def show_attention(lab, found):
-    table("Attention from a query's y to the examples on its line, in %", {"head": found["line"]},
-          "100 is an even spread over earlier examples")
+    table("Attention from a query's y to its line, in % of an even spread over earlier examples",
+          {"head": found["line"]})
 
 
 def draw_attention(plt, lab, found):
@@ -397,16 +395,16 @@ def scatter(ax, plane, residue, p):
 
 def draw_pca(plt, lab, found):
     (x, y), plane = g.grid(lab.p).T, found["plane"]
-    apart = (plane - plane[:, 1:].mean(1, keepdim=True))[1:].flatten()
+    inside = plane[1:, 1:]                                                           # no zeros
+    apart = (inside - inside.mean(1, keepdim=True)).flatten()
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.2))
     for ax, points, residue, title in zip(
-            axes, (plane.flatten(), plane.flatten(), apart), (x, y, y[x > 0]),
-            ("colour: x", "colour: y", "colour: y; less the mean of each x")):
+            axes, (plane.flatten(), plane.flatten(), apart), (x, y, y[x * y > 0]),
+            ("colour: x", "colour: y", "colour: y; less the mean of each x, no zeros")):
         dots = scatter(ax, points, residue, lab.p)
         ax.set(title=title, aspect="equal", xlabel="first component", ylabel="second component")
     fig.colorbar(dots, ax=axes, label=f"logarithm to base {powers(lab.p)[1]} (black: 0)")
-    share = found["multiplicative"][found["clearest"]]["circle"]
-    fig.suptitle(f"Head {found['clearest']}, one context; one circle without zeros: {share:.1%}")
+    fig.suptitle(f"Head {found['clearest']}, all inputs (x, y) after one context")
     return {"pca.png": fig}
 
 # -------------------------------------------------------------------------------------------------
@@ -433,7 +431,6 @@ def keep_characters(f, order, mask):
 
 def accuracy_with(lab, site, group, n):
     """Accuracy on ratio queries without zeros if a site keeps n characters of each function."""
-    # At the query's y, after one context. The strongest are those after contexts of other tasks.
     context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k - 1)]
     tokens, order = query_grid(*context, lab.p), orders(group, lab.p, 0)[0, 0]
     power = character_power(observed(lab)[site][:2], order, order).mean(0)           # (n, m, m)
@@ -464,8 +461,8 @@ def measure_fourier(lab):
 
 def show_fourier(lab, found):
     for group in GROUPS:
-        table(f"Functions at the query's y, {group} group, in %: with one frequency; power in "
-              "ratios", found[group], f"null: 95% of {NULLS} random orders of the residues")
+        table(f"At the query's y, {group} group: functions of one frequency, power in ratios, in %",
+              found[group], f"null: 95% of {NULLS} random orders of the residues")
     table("Accuracy on ratio queries, in %, with only so many characters of each function kept",
           found["kept"], "at the query's y; the strongest in other contexts")
 
@@ -511,7 +508,7 @@ def draw_similarity(plt, lab, found):
     fig, ax = plt.subplots(figsize=(5.6, 5))
     image = ax.imshow(found["image"][inputs][:, inputs], vmin=-1, vmax=1, cmap="RdBu_r")
     fig.colorbar(image, label="cosine similarity", shrink=0.8)
-    ax.set(title=f"{found['clearest']}: inputs (x, y) sorted by log(y/x), then log x")
+    ax.set(title=f"{found['clearest']}: inputs (x, y) sorted by log(y/x), then by log x")
     return {"similarity.png": fig}
 
 # -------------------------------------------------------------------------------------------------
@@ -566,10 +563,9 @@ def measure_patching(lab):
 
 
 def show_patching(lab, found):
-    table("Ratio queries, in %: right with one part held at its mean; answered as the other task "
-          "would with it patched", found["parts"],
-          f"nothing held: {100 * found['nothing']:.1f}; all heads but {', '.join(found['kept'])} "
-          f"(chosen on validation tasks): {100 * found['only']:.1f}; chance {100 / lab.p:.1f}")
+    table("Ratio queries, in %: right with a part held; as the other task with it patched",
+          found["parts"], f"nothing held: {100 * found['nothing']:.1f}; all heads held but "
+          f"{', '.join(found['kept'])}: {100 * found['only']:.1f}; chance {100 / lab.p:.1f}")
 
 # -------------------------------------------------------------------------------------------------
 # Labels: change one example's z. Which algorithm says how the answer must move?
@@ -577,10 +573,10 @@ def show_patching(lab, found):
 
 def pick(lab, shots, n):
     """Sequences of o.o.d. tasks whose last query is novel, not (0, 0), and has n on its line."""
-    tokens = g.to_tokens(*contexts(lab, "test_ood", 40 * SEQUENCES, shots + 1), lab.p)
+    tokens = g.to_tokens(*contexts(lab, "test_ood", 80 * SEQUENCES, shots + 1), lab.p)
     line = lines(tokens, lab.p)
     good = ((line[:, :-1] == line[:, -1:]).sum(1) == n) & g.novel_queries(tokens)[:, -1]
-    return tokens[good & (line[:, -1] >= 0)][:SEQUENCES]
+    return tokens[good & (line[:, -1] >= 0)][:2 * SEQUENCES]
 
 
 def divide(a, b, p):
@@ -596,7 +592,6 @@ def measure_labels(lab):
     p, generator, found = lab.p, torch.Generator().manual_seed(SEED), {}
 
     def moves(tokens, which, c):
-        """How often the answer moves by c (B,) times delta, if the example which (B,) does."""
         delta = torch.randint(1, p, (len(tokens),), generator=generator)
         changed, at = tokens.clone(), (torch.arange(len(tokens)), 3 * which + 2)
         changed[at] = (changed[at] + delta) % p
@@ -662,19 +657,12 @@ def show_progress(lab, found):
     rows = torch.column_stack([found[name] for name in ("skill", "circle", "subgroup")]).tolist()
     table("Over training, in %: accuracy by skill on validation tasks, and more",
           {step: dict(zip(columns, row)) for step, row in zip(found["step"].tolist(), rows)},
-          f"circle: head {found['head']}; order: on one line, answer / z is in that subgroup, by "
-          f"chance order / {lab.p - 1}")
+          f"circle: head {found['head']}; order: on one line, answer / z is in that subgroup")
 
 
 def draw_progress(plt, lab, found):
     from matplotlib.animation import FuncAnimation
     steps, lim = found["step"].tolist(), 1.1 * found["plane"].abs().max()
-    fig, ax = plt.subplots(figsize=(5.5, 3.6))
-    ax.plot(steps, 100 * found["circle"], "k", label=f"circle, head {found['head']}")
-    for d, share in zip(found["sizes"], found["subgroup"].T):
-        ax.plot(steps, 100 * share, label=f"one line: answer / z in the subgroup of order {d}")
-    ax.set(xlabel="training step", ylabel="%")
-    ax.legend()
     film, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
 
     def frame(i):
@@ -687,12 +675,11 @@ def draw_progress(plt, lab, found):
         for name, style in zip(("id_train", "id_test", "val_ood_train", "val_ood_test"),
                                ("--C7", "C7", "--C0", "C0")):
             right.plot([row["step"] for row in rows], [100 * row[name] for row in rows], style,
-                       label=name.replace("_", " ") + " inputs")
-        right.set(title="accuracy at the last example (%)", xlabel="training step",
-                  xlim=(0, steps[-1]), ylim=(0, 100))
+                       label=name.replace("val_", "").replace("_", " tasks, ") + " inputs")
+        right.set(title="accuracy (%)", xlabel="step", xlim=(0, steps[-1]), ylim=(0, 100))
         right.legend(loc="upper left")
     frames = [*range(0, len(steps), math.ceil(len(steps) / 48)), *[len(steps) - 1] * 8]
-    return {"progress.png": fig, "progress.gif": FuncAnimation(film, frame, frames)}
+    return {"progress.gif": FuncAnimation(film, frame, frames, interval=250)}
 
 # -------------------------------------------------------------------------------------------------
 # Phases of many runs (figure 1b)
@@ -766,8 +753,8 @@ def main(argv=None):
     """Measure, print, draw. Returns the exit code; bad input is one line on stderr and code 2."""
     def refuse(message):
         raise ValueError(message)
-    parser = argparse.ArgumentParser(description="Look inside a trained model.", allow_abbrev=False,
-                                     usage="analyze.py RUN|FILE [part ...] | phases DIR ...")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, usage="analyze.py RUN|FILE [part ...] | phases DIR ...")
     parser.error = refuse
     parser.add_argument("path", metavar="RUN|FILE", help="a run's folder, a checkpoint, or: phases")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
@@ -780,8 +767,7 @@ def main(argv=None):
         parts = ["phases"] if phases else args.parts or lab.parts
         for part in parts:
             if not phases and part not in lab.parts:
-                raise ValueError(f"{part}: no such part; there are {', '.join(lab.parts)} (progress "
-                                 f"for a run with --snapshots)")
+                raise ValueError(f"{part}: not of {', '.join(lab.parts)} (progress: --snapshots)")
         out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         os.makedirs(out, exist_ok=True)
@@ -790,10 +776,10 @@ def main(argv=None):
         print("error: " + " ".join(str(e).split()), file=sys.stderr)
         return 2
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        matplotlib.rcParams |= {"font.size": 8, "figure.constrained_layout.use": True}
         import matplotlib.pyplot as plt
+        plt.switch_backend("agg")
+        plt.rcParams |= {"font.size": 8, "figure.constrained_layout.use": True,
+                         "animation.writer": "pillow"}
     except ImportError:
         plt = print("No pictures: pip install matplotlib")
     found, written, here = {}, ["analysis.json", "analysis.npz"], globals()
