@@ -433,9 +433,9 @@ def accuracy_with(lab, site, group, n):
     """Accuracy on ratio queries without zeros if a site keeps n characters of each function."""
     context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k - 1)]
     tokens, order = query_grid(*context, lab.p), orders(group, lab.p, 0)[0, 0]
-    power = character_power(observed(lab)[site][:2], order, order).mean(0)           # (n, m, m)
-    power = power + conjugate(power)
-    mask = power >= power.flatten(1).topk(2 * n).values[:, -1, None, None]
+    power = character_power(observed(lab)[site][:2], order, order).mean(0)           # (N, m, m)
+    power, n = power + conjugate(power), min(2 * n, len(order) ** 2)                 # both of a pair
+    mask = power >= power.flatten(1).topk(n).values[:, -1, None, None]
 
     def change(values):
         values, at_y = values.clone(), slice(3 * lab.k - 2, None, 3)
@@ -486,8 +486,7 @@ def measure_similarity(lab):
     """"gaps": {head and position: ratio_gap and its null}; "image": the clearest's similarity."""
     x, y = g.grid(lab.p).T
     apart = (x[:, None] != x) & (y[:, None] != y) & (x * y > 0) & (x * y > 0)[:, None]
-    v = observed(lab)["outputs"][:, :, :, 1:].flatten(1, 2)                    # (n, p*p, 2, LH, C)
-    v = F.normalize(v, dim=-1)
+    v = F.normalize(observed(lab)["outputs"][:, :, :, 1:], dim=-1).flatten(1, 2) # (n, pp, 2, LH, C)
     similarity = torch.einsum("nithc,njthc->thij", v, v).flatten(0, 1) / len(v)
     names = [f"head {head} at {at}" for at in "yz" for head in lab.heads]
     gaps = against_null(lambda x, y: ratio_gap(similarity * apart, x, y)[:, None],
