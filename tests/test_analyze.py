@@ -265,15 +265,16 @@ def test_characters_are_kept_and_removed():
     torch.testing.assert_close(kept[0], (one + two + 5)[0])                   # zeros stay as they are
 
 
-def test_all_characters_kept_change_nothing_and_few_of_them_do():
-    lab = planted_lab(p=5, tasks=8)
-    before = a.accuracy_with(lab, "neurons 1", "additive", 25)
+def test_all_characters_kept_change_nothing_and_few_of_the_wrong_group_break_it():
+    """On a trained model: a few characters by logarithm are enough for block 0's heads, one by residue is not."""
+    lab = a.open_lab(ROOT / "assets" / "quick.pt", "cpu")
     context = [c[-1] for c in a.contexts(lab, "test_ood", a.CONTEXTS + 1, lab.k - 1)]
-    tokens = a.query_grid(*context, 5)
-    counts = (a.skill_of(tokens, 5)[:, -1] == 1) & (tokens[:, -3] > 0) & (tokens[:, -2] > 0)
+    tokens = a.query_grid(*context, lab.p)
+    counts = (a.skill_of(tokens, lab.p)[:, -1] == 1) & (tokens[:, -3] > 0) & (tokens[:, -2] > 0)
     right = (a.answers(lab, tokens)[:, -1] == tokens[:, -1])[counts].float().mean().item()
-    assert before == pytest.approx(right)
-    assert a.accuracy_with(lab, "neurons 1", "additive", 1) != pytest.approx(right)
+    for site, group in itertools.product(("heads 0", "neurons 1"), a.GROUPS):
+        assert a.accuracy_with(lab, site, group, 10 ** 6) == pytest.approx(right)
+    assert a.accuracy_with(lab, "heads 0", "multiplicative", 4) > 0.9 > 0.3 > a.accuracy_with(lab, "heads 0", "additive", 1)
 
 # -------------------------------------------------------------------------------------------------
 # Interventions: planted models
