@@ -370,13 +370,16 @@ def circles(planes, order_x, order_y):
 
 
 def measure_pca(lab):
-    """{group: {head: {"circle", "two circles", nulls}}}; "plane" (p, p) of the clearest head."""
+    """{group: {head: {"circle", "two circles", nulls}}}; "planes" (2, p, p) of "clearest" heads."""
+    # The first has the largest circle, the second the largest circle on a circle.
     heads = head_planes(lab)
     planes = torch.stack(list(heads.values()))                                       # (N, n, p, p)
     found = {group: against_null(lambda x, y: circles(planes, x, y).mean(1), group, lab.p, heads,
                                  ("circle", "two circles")) for group in GROUPS}
-    clearest = max(heads, key=lambda name: found["multiplicative"][name]["circle"])
-    return found | {"clearest": clearest, "plane": heads[clearest][0]}
+    rows = found["multiplicative"]
+    clearest = [max(heads, key=lambda name: rows[name]["circle"]),
+                max(heads, key=lambda name: rows[name]["two circles"] - rows[name]["circle"])]
+    return found | {"clearest": clearest, "planes": torch.stack([heads[h][0] for h in clearest])}
 
 
 def show_pca(lab, found):
@@ -394,17 +397,15 @@ def scatter(ax, plane, residue, p):
 
 
 def draw_pca(plt, lab, found):
-    (x, y), plane = g.grid(lab.p).T, found["plane"]
-    inside = plane[1:, 1:]                                                           # no zeros
-    apart = (inside - inside.mean(1, keepdim=True)).flatten()
+    (x, y), (one, two), (plane, double) = g.grid(lab.p).T, found["clearest"], found["planes"]
+    few = torch.isin(x, powers(lab.p)[:3])                       # more would hide each other
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.2))
     for ax, points, residue, title in zip(
-            axes, (plane.flatten(), plane.flatten(), apart), (x, y, y[x * y > 0]),
-            ("colour: x", "colour: y", "colour: y; less the mean of each x, no zeros")):
+            axes, (plane.flatten(), plane.flatten(), double.flatten()[few]), (x, y, y[few]),
+            (f"head {one}; colour: x", "colour: y", f"head {two}, three x alone; colour: y")):
         dots = scatter(ax, points, residue, lab.p)
         ax.set(title=title, aspect="equal", xlabel="first component", ylabel="second component")
     fig.colorbar(dots, ax=axes, label=f"logarithm to base {powers(lab.p)[1]} (black: 0)")
-    fig.suptitle(f"Head {found['clearest']}, all inputs (x, y) after one context")
     return {"pca.png": fig}
 
 # -------------------------------------------------------------------------------------------------
@@ -434,7 +435,7 @@ def accuracy_with(lab, site, group, n):
     context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k - 1)]
     tokens, order = query_grid(*context, lab.p), orders(group, lab.p, 0)[0, 0]
     power = character_power(observed(lab)[site][:2], order, order).mean(0)           # (N, m, m)
-    power, n = power + conjugate(power), min(2 * n, len(order) ** 2)                 # both of a pair
+    power, n = power + conjugate(power), min(2 * n, len(order) ** 2)                 # in pairs
     mask = power >= power.flatten(1).topk(n).values[:, -1, None, None]
 
     def change(values):
@@ -501,8 +502,7 @@ def show_similarity(lab, found):
 
 
 def draw_similarity(plt, lab, found):
-    order, m = powers(lab.p), lab.p - 1
-    x, ratio = order.repeat(m), order.repeat_interleave(m)                           # by log y/x
+    x, ratio = powers(lab.p).repeat(lab.p - 1), powers(lab.p).repeat_interleave(lab.p - 1)
     inputs = x * lab.p + x * ratio % lab.p
     fig, ax = plt.subplots(figsize=(5.6, 5))
     image = ax.imshow(found["image"][inputs][:, inputs], vmin=-1, vmax=1, cmap="RdBu_r")
