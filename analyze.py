@@ -158,9 +158,9 @@ def against_null(measure, group, p, names, columns):
 
 
 def table(title, rows, note=""):
-    """Print {name: {column: number or text}}, numbers in percent, nan as a dash."""
+    """Print {name: {column: number or text}}, numbers in percent, None and nan as a dash."""
     def text(v):
-        return v if isinstance(v, str) else "-" if math.isnan(v) else f"{100 * v:.1f}"
+        return v if isinstance(v, str) else f"{100 * v:.1f}" if v is not None and v == v else "-"
     cells = [["", *map(str, next(iter(rows.values())))]]
     cells += [[str(name), *map(text, row.values())] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -603,8 +603,8 @@ def measure_labels(lab):
         u, v = tokens.unflatten(1, (-1, 3))[torch.arange(len(on)), on.argmax(1), :2].T
         c = torch.where(u > 0, divide(x, u, p), divide(y, v, p))
         found[shots] = {"on": moves(tokens, on.argmax(1), c),
-                        "off": moves(tokens, on.argmin(1), 0) if shots > 1 else math.nan,
-                        "two off": math.nan}
+                        "off": moves(tokens, on.argmin(1), 0) if shots > 1 else None,
+                        "two off": None}
     if lab.k > 2:
         tokens = pick(lab, 2, 0)
         u, v, _, r, s, _, x, y, _ = tokens.T

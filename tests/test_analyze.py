@@ -308,7 +308,7 @@ def test_changed_labels_tell_the_two_algorithms_apart(monkeypatch):
     ratio, regression = (a.measure_labels(planted_lab(exact(name), examples=5)) for name in ("ratio", "regression"))
     assert [row["on"] for row in ratio.values()] == [1, 1, 1] == [ratio[2]["off"], ratio[4]["off"], regression[2]["two off"]]
     assert ratio[2]["two off"] == 0 and regression[4]["off"] < 1 and regression[4]["on"] < 0.9
-    assert list(ratio) == [1, 2, 4] and math.isnan(ratio[1]["off"]) and math.isnan(ratio[4]["two off"])
+    assert list(ratio) == [1, 2, 4] and ratio[1]["off"] is None is ratio[4]["two off"]
 
 
 def one_head_alone():
@@ -403,7 +403,7 @@ def test_everything_for_a_run(tiny_run, tmp_path, quick, capsys):
     pytest.importorskip("matplotlib")
     assert a.main([str(tiny_run), "--out", str(tmp_path)]) is None
     numbers = json.load(open(tmp_path / "analysis.json"))
-    assert list(numbers) == list(a.PARTS)
+    assert list(numbers) == list(a.PARTS) and numbers["pca"]["planes"] == "in analysis.npz"
     with np.load(tmp_path / "analysis.npz") as arrays:
         assert arrays["shots/test_ood_test, model"].shape == (2, 6)
         assert arrays["progress/step"].tolist() == [2, 4]
@@ -428,6 +428,22 @@ def test_the_shortest_sequences_can_be_analyzed(tmp_path, quick, capsys):
     assert a.main([str(tmp_path)]) is None
     labels = json.load(open(tmp_path / "analysis.json"))["labels"]
     assert list(labels) == ["1"] and 0 <= labels["1"]["on"] <= 1
+
+
+def test_frames_of_the_film_are_turned_and_mirrored_as_the_first(tiny_run, monkeypatch):
+    plane = torch.complex(noise(7, 7), noise(7, 7, seed=1))
+    frames = iter([plane, plane, plane.conj() * torch.polar(torch.tensor(1.0), torch.tensor(2.0))])
+    monkeypatch.setattr(a, "head_planes", lambda lab, n: {"it": next(frames)[None]})
+    first, second = a.measure_progress(a.open_lab(str(tiny_run), "cpu"))["plane"]
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("p", [3, 5])
+def test_small_moduli_can_be_analyzed(p, tmp_path, quick, capsys):
+    """Fewer characters than KEPT, and one or no subgroup."""
+    planted_run(tmp_path / "run", p=p, tasks=4)
+    assert a.main([str(tmp_path / "run")]) is None
+    assert "nan" not in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_numbers_are_there(tiny_run, tmp_path, quick, monkeypatch, capsys):
