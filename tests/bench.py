@@ -123,7 +123,7 @@ def against_authors(folder, cfg, ours, rounds, block):
     device = ours.device.type
     flags = dict(device=device, mixed_precision=device == "cuda", n_layer=cfg.depth, n_embd=cfg.embd,
                  n_head=cfg.heads, p=cfg.p, base=cfg.p, n_tasks_pl=cfg.tasks // 4, n_point_per_row=cfg.examples,
-                 data_pct=100 * cfg.alpha, bs=cfg.per_task * cfg.tasks, lr=cfg.lr, wd=cfg.wd, n_val_step=0,
+                 data_pct=100 * cfg.alpha, bs=cfg.batch, lr=cfg.lr, wd=cfg.wd, n_val_step=0,
                  n_ckpts=0, steps=block * (rounds + 2), warmup_steps=1)
     args = theirs.parser.parse_args([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
     args.dtype = torch.bfloat16 if args.mixed_precision else torch.float32
@@ -168,7 +168,7 @@ def main():
     cfg, _ = g.parse_config([*rest, "--out", os.path.join(tempfile.gettempdir(), "never made")])
     on_gpu = g.pick_device(cfg.device).type == "cuda"
     compiled = cfg.compile == "on" or cfg.compile == "auto" and on_gpu
-    block, batch = 20 if on_gpu else 1, cfg.per_task * cfg.tasks
+    block, batch = 20 if on_gpu else 1, cfg.batch
     steppers = {"as trained": Stepper(cfg, compiled=compiled),
                 "last block at every position": Stepper(cfg, loss=everywhere_loss, compiled=compiled),
                 "fused attention": Stepper(cfg, with_fused_attention, compiled=compiled),

@@ -109,32 +109,34 @@ def test_seed_decides_the_split():
 
 
 def batch_of(cfg, lines, inputs=None, seed=0):
-    """(split, a training batch as (task, sequence, k, 3)), over all inputs to train on or those given."""
+    """(split, a training batch (B, k, 3)), over all inputs to train on or those given."""
     split = g.make_split(cfg)
     if inputs is not None:
         split["train_inputs"] = inputs
     line = g.line_of(split["train_inputs"], cfg.p)
     batch = g.training_batch(split, line, cfg, lines, torch.Generator().manual_seed(seed))
-    return split, batch.unflatten(1, (-1, 3)).unflatten(0, (cfg.tasks, cfg.per_task))
+    return split, batch.unflatten(1, (-1, 3))
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_batches_are_balanced_and_share_their_inputs_or_not(shared):
-    cfg = tiny(p=7, tasks=12, batch=36, examples=5, shared_inputs=shared)
+@pytest.mark.parametrize("batch", [36, 30, 8])
+def test_batches_are_balanced_and_share_their_inputs_or_not(batch, shared):
+    cfg = tiny(p=7, tasks=12, batch=batch, examples=20, shared_inputs=shared)
     split, sequences = batch_of(cfg, lines=8)
-    assert sequences.shape == (12, 3, 5, 3)
-    assert set(rows(sequences[..., :2].flatten(0, 2))) <= set(rows(split["train_inputs"]))
-    for (a, b), of_task in zip(rows(split["id"]), sequences):
-        x, y, z = of_task.unbind(-1)
-        assert torch.equal(z, (a * x + b * y) % 7)
-        assert not shared or torch.equal(of_task[..., :2], sequences[0, ..., :2])
-    different = {tuple(sequence.flatten().tolist()) for sequence in sequences[..., :2].flatten(0, 1)}
-    assert len(different) == (36 if not shared else 3)
+    assert sequences.shape == (batch, 20, 3)
+    assert set(rows(sequences[..., :2].flatten(0, 1))) <= set(rows(split["train_inputs"]))
+    fits = [[(a, b) for a, b in rows(split["id"]) if all((a * x + b * y - z) % 7 == 0 for x, y, z in s)]
+            for s in sequences.tolist()]
+    assert all(len(tasks) == 1 for tasks in fits)                            # 20 examples tell which
+    for n in (12, 24, 36):                                                   # no task again before all
+        assert len({task for tasks in fits[n - 12:n] for task in tasks}) == len(fits[n - 12:n])
+    different = [{tuple(s.flatten().tolist()) for s in sequences[n - 12:n, :, :2]} for n in (12, 24, 36)]
+    assert sum(map(len, different)) == (math.ceil(batch / 12) if shared else batch)
 
 
 def test_every_training_input_is_drawn_evenly():
     _, sequences = batch_of(tiny(p=3, tasks=4, batch=12_000, examples=3), 4, g.grid(3))
-    xy = sequences[..., :2].flatten(0, 2)
+    xy = sequences[..., :2].flatten(0, 1)
     counts = torch.bincount(xy[:, 0] * 3 + xy[:, 1], minlength=9)             # 4000 expected, sd 60
     assert counts.min() > 3700 and counts.max() < 4300
 
@@ -154,14 +156,13 @@ def test_curriculum_keeps_each_sequence_to_few_lines(lines, shared):
     p, some = 7, g.grid(7)[5:40]
     cfg = tiny(p=p, tasks=12, batch=1200, examples=24, shared_inputs=shared)
     _, sequences = batch_of(cfg, lines, some)
-    assert sequences.size(2) == max(8, 4 * lines)                            # few lines, few examples
-    xy = sequences[..., :2].flatten(0, 1)
+    assert sequences.size(1) == max(8, 4 * lines)                            # few lines, few examples
+    xy = sequences[..., :2]
     assert set(rows(xy.flatten(0, 1))) == set(rows(some))                    # over sequences, all of them
     used = [frozenset(g.line_of(sequence, p).tolist()) for sequence in xy]
     assert max(map(len, used)) == lines
     if lines == 1:                                                           # a line of their own each
-        first = {line for task in range(12) for line in used[100 * task:100 * task + 1]}
-        assert (len(first) == 1) == shared
+        assert (len(set(used[:12])) == 1) == shared
 
 
 def paced(share, looks, lines=1, p=5):
@@ -521,7 +522,7 @@ def test_float16_skips_steps_that_overflow_and_goes_on(tmp_path, monkeypatch, op
 def test_training_keeps_what_it_promises(tmp_path):
     """As a user would: train, read the files, run again, resume, interrupt."""
     out = tmp_path / "run"
-    done = run([*TINY_FLAGS, "--batch", "15", "--out", str(out)])
+    done = run([*TINY_FLAGS, "--out", str(out)])
     assert done.returncode == 0, done.stderr
     assert "batch 16" in done.stdout and "Phase:" in done.stdout
     assert sorted(f.name for f in out.iterdir()) == ["best.pt", "last.pt", "metrics.csv"]
