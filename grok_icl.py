@@ -118,25 +118,26 @@ def choose_rectangles(p, n, generator, tries=100):
     """
     n pre-training tasks by the paper's rectangular rule, (n, 2).
 
-    Draw n/4 pairs (a, b); to each add (a', b), (a, b') and (a', b') with a' != a and b' != b, all
+    To a task (a, b) drawn at random add (a', b), (a, b') and (a', b') with a' != a and b' != b, all
     new. So every task shares each of its components with another one, which shows the model that
     the two can vary apart. Raises ValueError where no rectangle is left.
     """
-    corners = grid(p)[torch.randperm(p * p, generator=generator)[:n // 4]]
-    free = torch.ones(p, p, dtype=torch.bool)
-    free[corners[:, 0], corners[:, 1]] = False
-    tasks = [corners]
-    for a, b in corners.tolist():
+    free, tasks = torch.ones(p, p, dtype=torch.bool), []
+    for a, b in grid(p)[torch.randperm(p * p, generator=generator)].tolist():
+        if not free[a, b] or len(tasks) == n:
+            continue
+        free[a, b] = False
         fits = (free[:, b, None] & free[a] & free).nonzero()         # (a', b') with all three free
-        if len(fits) == 0 and tries > 0:                     # an unlucky start has blocked itself
-            return choose_rectangles(p, n, generator, tries - 1)
-        if len(fits) == 0:
-            raise ValueError(f"--tasks {n}: no {n // 4} disjoint rectangles found among {p}*{p} "
-                             f"tasks; take fewer, or --random-tasks")
-        c, d = fits[torch.randint(len(fits), (1,), generator=generator)].squeeze(0).tolist()
-        tasks.append(torch.tensor([(c, b), (a, d), (c, d)]))
-        free[[c, a, c], [b, d, d]] = False
-    return torch.cat(tasks)
+        if len(fits) > 0:
+            c, d = fits[torch.randint(len(fits), (1,), generator=generator)].squeeze(0).tolist()
+            tasks += [(a, b), (c, b), (a, d), (c, d)]
+            free[[c, a, c], [b, d, d]] = False
+    if len(tasks) < n and tries > 0:                         # an unlucky start has blocked itself
+        return choose_rectangles(p, n, generator, tries - 1)
+    if len(tasks) < n:
+        raise ValueError(f"--tasks {n}: no {n // 4} disjoint rectangles found among {p}*{p} "
+                         f"tasks; take fewer, or --random-tasks")
+    return torch.tensor(tasks)
 
 
 def make_split(cfg):
@@ -145,18 +146,18 @@ def make_split(cfg):
 
     "id" are the pre-training tasks. The others are out of distribution, in two halves (the paper
     has one): early stopping looks at "val_ood", the closing report alone at "test_ood".
-    "train_inputs" and "test_inputs" split the inputs; all tasks share them.
+    "train_inputs" and "test_inputs" split the inputs; all tasks share them. Runs that differ in the
+    number of tasks alone have the same inputs, and the tasks of the smaller are in the larger.
     """
     generator, p = torch.Generator().manual_seed(cfg.seed), cfg.p
+    inputs, others = (grid(p)[torch.randperm(p * p, generator=generator)] for _ in range(2))
     if cfg.random_tasks:
         tasks = grid(p)[torch.randperm(p * p, generator=generator)[:cfg.tasks]]
     else:
         tasks = choose_rectangles(p, cfg.tasks, generator)
     is_id = torch.zeros(p, p, dtype=torch.bool)
     is_id[tasks[:, 0], tasks[:, 1]] = True
-    ood = (~is_id).nonzero()
-    ood = ood[torch.randperm(len(ood), generator=generator)]
-    inputs = grid(p)[torch.randperm(p * p, generator=generator)]
+    ood = others[~is_id[others[:, 0], others[:, 1]]]
     n_train, n_val = round(cfg.alpha * p * p), len(ood) // 2
     return {"id": tasks, "val_ood": ood[:n_val], "test_ood": ood[n_val:],
             "train_inputs": inputs[:n_train], "test_inputs": inputs[n_train:]}

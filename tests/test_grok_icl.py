@@ -79,9 +79,8 @@ def test_splits_are_disjoint_and_complete(p, n, choice):
 def test_rectangles_are_rectangles(p, n):
     tasks = rows(g.choose_rectangles(p, n, torch.Generator().manual_seed(1)))
     assert len(set(tasks)) == len(tasks) == n
-    corners, added = tasks[:n // 4], tasks[n // 4:]
-    for i, (a, b) in enumerate(corners):
-        (c, b2), (a2, d), opposite = added[3 * i:3 * i + 3]
+    for i in range(0, n, 4):
+        (a, b), (c, b2), (a2, d), opposite = tasks[i:i + 4]
         assert (a2, b2) == (a, b) and opposite == (c, d) and c != a and d != b
 
 
@@ -106,6 +105,15 @@ def test_seed_decides_the_split():
     first, same, other = (g.make_split(tiny(seed=s)) for s in (0, 0, 1))
     assert all(torch.equal(first[k], same[k]) for k in first)
     assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+@pytest.mark.parametrize("random_tasks", [False, True])
+def test_fewer_tasks_are_some_of_the_same(random_tasks):
+    few, many = (g.make_split(tiny(p=13, tasks=n, random_tasks=random_tasks)) for n in (20, 84))
+    assert rows(few["id"]) == rows(many["id"])[:20]
+    assert torch.equal(few["train_inputs"], many["train_inputs"])
+    shared = set(rows(few["test_ood"])) & set(rows(many["test_ood"]))
+    assert len(shared) > 30                                                  # of 43
 
 
 def batch_of(cfg, lines, inputs=None, seed=0):
