@@ -64,7 +64,7 @@ class Config:
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
     wd: float = option(0.2, 2.0, "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(512, 1024, "sequences a step", (1, 10**6))
-    steps: int = option(1200, 200_000, "training steps; the schedule ends here", (1, 10**9))
+    steps: int = option(1500, 200_000, "training steps; the schedule ends here", (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
     seed: int = option(0, 0, "seed of the split, the initial weights and the batches", (0, 2**62))
     # how it is run: what --resume may change
@@ -91,7 +91,7 @@ PRESETS = {
 MLP_RATIO = 4                 # MLP width / residual width
 ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
 ADAM_BETAS = (0.9, 0.98)
-MASTERED = 0.75               # share of what Ratio Matching can answer that ends a curriculum stage
+MASTERED = 0.9                # share of what Ratio Matching can answer that ends a curriculum stage
 PACE_EVERY = 10               # steps between looks at that share
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 4096       # of each set, in the closing report
@@ -183,10 +183,11 @@ def training_batch(split, line, cfg, lines, generator):
     Inputs are drawn evenly, with replacement; line is line_of(split["train_inputs"]). In the
     curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line
     any example but (0, 0) answers any query by Ratio Matching: the model learns to divide. With
-    more it must also find the example to divide by. On few lines few examples teach as much as
-    many, at a fraction of the cost: k is 4 * lines, at least 8 and at most cfg.examples.
+    more it must also find the example to divide by. On few lines few examples are enough: k is 8
+    at first and then 16, which costs a quarter of 32 and half of it.
     """
-    tasks, inputs, k = split["id"], split["train_inputs"], min(cfg.examples, max(8, 4 * lines))
+    tasks, inputs = split["id"], split["train_inputs"]
+    k = cfg.examples if lines > cfg.p else min(cfg.examples, 8 if lines <= 2 else 16)
     rounds = math.ceil(cfg.batch / len(tasks))
     order = torch.cat([torch.randperm(len(tasks), generator=generator, device=line.device)
                        for _ in range(rounds)])[:cfg.batch]
