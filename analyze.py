@@ -3,16 +3,13 @@ Look inside a model that grok_icl.py trained: which algorithm did it learn, and 
 
     python analyze.py assets/p29.pt              everything, for one checkpoint
     python analyze.py out/RUN skills pca         some parts, for a run's best checkpoint
-    python analyze.py phases out/SWEEP           many runs: which phase has which (tasks, alpha)
+    python analyze.py phases out/SWEEP           many runs: how far each comes, and its phase
 
 One section for each figure of He, Doshi, Das, Gromov (NeurIPS 2024), and some tests of our own. In
 each, one function measures and returns a dict, one prints it, one draws it (with matplotlib). Tasks
 are the *test* o.o.d. tasks; what is chosen before a test (a mean, the heads to keep, characters)
 comes from other tasks. A number that could be large by accident has its *null* beside it: the same
 measure with the residues put in random order, best of as many where it is the best of many.
-
-Probes, nulls, tables; shots (figure 1c); skills (5); attention (6); pca (1d, 1e, 6); fourier;
-similarity (7); patching, with ablation; labels; progress; phases (1b); command line.
 """
 import argparse
 import glob
@@ -41,6 +38,7 @@ GROUPS = ("multiplicative", "additive")
 SKILLS = ("copy", "ratio", "regression", "undetermined")
 WHO = ("model", "ratio", "regression", "exact memory", "best fit")
 POSITIONS = {"x": slice(0, None, 3), "y": slice(1, None, 3), "z": slice(2, None, 3)}
+SETS = ("i.d. train", "i.d. test", "o.o.d. train", "o.o.d. test")    # tasks and inputs
 PHASES = {"in-distribution memorization": "IM", "in-distribution generalization": "IG",
           "o.o.d. memorization": "OM", "o.o.d. generalization": "OG"}
 
@@ -203,17 +201,6 @@ def show_shots(lab, found):
     table(f"Accuracy on novel queries after {lab.k - 1} shots, in %", {name: {
         who: found[f"{name}, {who}"][1, -1].item() for who in WHO} for name in sets},
         f"best fit: the pre-training tasks that fit most examples; chance {100 / lab.p:.1f}")
-
-
-def draw_shots(plt, lab, found):
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for ax, side in zip(axes, ("train", "test")):
-        for who, style in zip(WHO[:3] + WHO[4:], ("C0", "--C1", "--C2", "--C7")):
-            ax.plot(100 * found[f"test_ood_{side}, {who}"][1], style, label=f"{who}, o.o.d. tasks")
-        ax.plot(100 * found[f"id_{side}, model"][1], "C7", label="model, i.d. tasks")
-        ax.set(title=f"{side} inputs", xlabel="shots", ylabel="accuracy on novel queries (%)")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right")
-    return {"shots.png": fig}
 
 # -------------------------------------------------------------------------------------------------
 # Skills: which queries are answered? (figure 5)
@@ -681,27 +668,46 @@ def draw_progress(plt, lab, found):
     return {"progress.gif": FuncAnimation(film, frame, frames, interval=250)}
 
 # -------------------------------------------------------------------------------------------------
-# Phases of many runs (figure 1b)
+# Many runs: what share of the possible each reaches, and its phase (figure 1b)
 # -------------------------------------------------------------------------------------------------
 
 def measure_phases(runs):
-    """{alpha: {tasks: phase}} of runs, by their validation tasks."""
+    """{run: its config, (accuracy - chance) / (Ratio Matching's - chance) on four sets, phase}."""
+    # On novel queries; o.o.d. tasks are those that no run of the same p and seed has learned from
+    # or was stopped by, so that runs with many and with few tasks are asked the same.
     found = {}
-    for (alpha, tasks), (checkpoint, cfg) in runs.items():
-        sets = g.eval_sequences(checkpoint["split"], "val_ood", g.EVAL_SEQUENCES, cfg.examples,
-                                cfg.p, cfg.seed + 1)
-        ratio = [g.oracle_accuracy(tokens, cfg.p)[0][1, -1].item() for tokens in sets.values()]
-        model = [checkpoint["history"][-1][f"{name}_novel"] for name in sets]
-        found.setdefault(alpha, {})[tasks] = g.phase(model, ratio, cfg.p)
+    for name, (checkpoint, cfg, model) in runs.items():
+        held_out = set.intersection(*(
+            set(map(tuple, other["split"]["test_ood"].tolist())) for other, its, _ in runs.values()
+            if (its.p, its.seed) == (cfg.p, cfg.seed)))
+        split = checkpoint["split"] | {"test_ood": torch.tensor(sorted(held_out))}
+        sets = g.eval_sequences(split, "test_ood", 8 * SEQUENCES, cfg.examples, cfg.p, SEED)
+        right, ratio = torch.tensor([
+            (g.evaluate(model, tokens)[1, -1], g.oracle_accuracy(tokens, cfg.p)[0][1, -1])
+            for tokens in sets.values()]).T
+        share = (right - 1 / cfg.p) / (ratio - 1 / cfg.p)
+        found[name] = {key: str(getattr(cfg, key)) for key in (
+            "p", "tasks", "alpha", "depth", "embd", "seed")} | dict(zip(SETS, share.tolist()))
+        found[name]["phase"] = PHASES.get(g.phase(right, ratio, cfg.p), "?")
     return found
 
 
 def show_phases(runs, found):
-    columns = sorted({tasks for row in found.values() for tasks in row})
-    table("Phases by alpha and tasks", {
-        alpha: {n: PHASES.get(found[alpha].get(n), "?") for n in columns}
-        for alpha in sorted(found, reverse=True)},
-        "I, O: i.d., o.o.d.; M, G: memorization, generalization; ?: none of these")
+    table("Share of what Ratio Matching can, in % (0 is chance), on novel queries", found,
+          "phase: I, O: i.d., o.o.d.; M, G: memorization, generalization; ?: none of these")
+
+
+def draw_phases(plt, runs, found):
+    fig, ax = plt.subplots(figsize=(5, 3.2))
+    tasks = np.array([int(row["tasks"]) for row in found.values()])
+    different, at = np.unique(tasks, return_inverse=True)
+    for name, colour, style in zip(SETS, ("C7", "C7", "C0", "C0"), ("o-", "v:", "o-", "v:")):
+        share = np.array([100 * row[name] for row in found.values()])
+        ax.plot(tasks, share, style[0], color=colour, ms=3)
+        ax.plot(different, np.bincount(at, share / np.bincount(at)[at]), style, c=colour, label=name)
+    ax.set(xlabel="pre-training tasks", ylabel="share of the possible (%)", ylim=(-5, 115))
+    ax.legend()
+    return {"phases.png": fig}
 
 # -------------------------------------------------------------------------------------------------
 # Command line
@@ -722,19 +728,13 @@ def open_lab(path, device):
 
 
 def open_runs(folders):
-    """{(alpha, tasks): (checkpoint, config)} of the runs under the folders, all of one p."""
+    """{folder: (checkpoint, config, model)} of the runs under the folders."""
     runs = {}
     for folder in folders or ["phases"]:
         files = sorted(glob.glob(os.path.join(folder, "**", "best.pt"), recursive=True))
         if not files:
             raise ValueError(f"{folder}: no run (a folder with best.pt) there")
-        for file in files:
-            checkpoint, cfg, _ = g.load_checkpoint(file)
-            if (cfg.alpha, cfg.tasks) in runs:
-                raise ValueError(f"{file}: a second run of alpha {cfg.alpha}, {cfg.tasks} tasks")
-            runs[cfg.alpha, cfg.tasks] = checkpoint, cfg
-    if len(moduli := {cfg.p for _, cfg in runs.values()}) > 1:
-        raise ValueError(f"{' '.join(folders)}: runs of p {sorted(moduli)}; one diagram has one p")
+        runs |= {os.path.dirname(file): g.load_checkpoint(file) for file in files}
     return runs
 
 
