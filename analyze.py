@@ -375,24 +375,25 @@ def show_pca(lab, found):
           f"mean of {CONTEXTS} contexts; null: 95% of {NULLS} random orders")
 
 
-def scatter(ax, plane, residue, p):
-    """Points of a plane, coloured by the logarithm of their residues, black for 0 (all (n,))."""
+def scatter(ax, plane, residue, p, like):
+    """Points (n,), coloured by log residue * the frequency of the circle `like`; 0 is black."""
     at, zero = torch.view_as_real(plane), residue == 0
     ax.scatter(*at[zero].T, c="black", s=8)
-    logs = powers(p).argsort()[residue[~zero] - 1]
-    return ax.scatter(*at[~zero].T, c=logs, cmap="hsv", s=8)
+    logs, wave = powers(p).argsort()[residue[~zero] - 1], torch.zeros(p - 1, dtype=plane.dtype)
+    k = torch.fft.fft(wave.index_add(0, logs, like[~zero]))[1:].abs().argmax() + 1
+    return ax.scatter(*at[~zero].T, c=logs * k % (p - 1), cmap="hsv", s=8, vmin=0, vmax=p - 1)
 
 
 def draw_pca(plt, lab, found):
     (x, y), (one, two), (plane, double) = g.grid(lab.p).T, found["clearest"], found["planes"]
     few = torch.isin(x, powers(lab.p)[:3])                       # more would hide each other
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    for ax, points, residue, title in zip(
-            axes, (plane.flatten(), plane.flatten(), double.flatten()[few]), (x, y, y[few]),
-            (f"head {one}; colour: x", "colour: y", f"head {two}, three x alone; colour: y")):
-        dots = scatter(ax, points, residue, lab.p)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4.2))
+    for ax, title, points, residue in (
+            (axes[0], f"head {one}; colour: x", plane.flatten(), x),
+            (axes[1], f"head {two}, three x alone; colour: y", double.flatten()[few], y[few])):
+        dots = scatter(ax, points, residue, lab.p, points)
         ax.set(title=title, aspect="equal", xlabel="first component", ylabel="second component")
-    fig.colorbar(dots, ax=axes, label=f"logarithm to base {powers(lab.p)[1]} (black: 0)")
+    fig.colorbar(dots, ax=axes, label=f"log, base {powers(lab.p)[1]}, times frequency (black: 0)")
     return {"pca.png": fig}
 
 # -------------------------------------------------------------------------------------------------
@@ -648,15 +649,14 @@ def show_progress(lab, found):
 
 def draw_progress(plt, lab, found):
     from matplotlib.animation import FuncAnimation
-    steps, lim = found["step"].tolist(), 1.1 * found["plane"].abs().max()
+    steps, last = found["step"].tolist(), found["plane"][-1].flatten()
     film, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
 
     def frame(i):
         left.clear()
         right.clear()
-        scatter(left, found["plane"][i].flatten(), g.grid(lab.p)[:, 0], lab.p)
-        left.set(title=f"step {steps[i]}, head {found['head']}; colour: log x", aspect="equal",
-                 xlim=(-lim, lim), ylim=(-lim, lim), xticks=[], yticks=[])
+        scatter(left, found["plane"][i].flatten(), g.grid(lab.p)[:, 0], lab.p, last)
+        left.set(title=f"step {steps[i]}, head {found['head']}, by log x", xticks=[], yticks=[])
         rows = [row for row in found["history"] if row["step"] <= steps[i]]
         for name, style in zip(("id_train", "id_test", "val_ood_train", "val_ood_test"),
                                ("--C7", "C7", "--C0", "C0")):
@@ -700,11 +700,11 @@ def show_phases(runs, found):
 def draw_phases(plt, runs, found):
     fig, ax = plt.subplots(figsize=(5, 3.2))
     tasks = np.array([int(row["tasks"]) for row in found.values()])
-    different, at = np.unique(tasks, return_inverse=True)
+    n, at = np.unique(tasks, return_inverse=True)
     for name, colour, style in zip(SETS, ("C7", "C7", "C0", "C0"), ("o-", "v:", "o-", "v:")):
         share = np.array([100 * row[name] for row in found.values()])
         ax.plot(tasks, share, style[0], color=colour, ms=3)
-        ax.plot(different, np.bincount(at, share / np.bincount(at)[at]), style, c=colour, label=name)
+        ax.plot(n, np.bincount(at, share / np.bincount(at)[at]), style, c=colour, label=name)
     ax.set(xlabel="pre-training tasks", ylabel="share of the possible (%)", ylim=(-5, 115))
     ax.legend()
     return {"phases.png": fig}
