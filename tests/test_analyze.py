@@ -412,7 +412,7 @@ def test_everything_for_a_run(tiny_run, tmp_path, quick, capsys):
         assert turn.real > 0 and abs(turn.imag) < 1e-6 * turn.real
         assert abs(turn) >= abs((first * second).sum()) - 1e-9                # nor a mirroring
     pictures = {f.name for f in tmp_path.iterdir()} - {"analysis.json", "analysis.npz"}
-    assert pictures == {f"{n}.png" for n in ("shots", "skills", "skill_grid", "attention", "pca", "similarity")
+    assert pictures == {f"{n}.png" for n in ("skills", "skill_grid", "attention", "pca", "similarity")
                         } | {"progress.gif"}
     assert (tmp_path / "progress.gif").stat().st_size < 2e6
     with pytest.importorskip("PIL.Image").open(tmp_path / "progress.gif") as film:
