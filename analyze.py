@@ -54,13 +54,13 @@ def contexts(lab, kind, n, examples):
 
 
 def sites(model):
-    """Name -> the module that reads it: heads' outputs (B, T, H*D), and MLP neurons."""
+    """Name -> the module whose input it is: heads' outputs (B, T, H*D), and MLP neurons."""
     return {f"{name} {i}": module for i, block in enumerate(model.blocks)
             for name, module in (("heads", block.attention.out), ("neurons", block.mlp.down))}
 
 
 def run_with(changes, run):
-    """run(), while each module of {module: function} reads function(x), or x where that is None."""
+    """run(), with the input x of each module in {module: function} replaced by function(x)."""
     handles = [module.register_forward_pre_hook(lambda _, args, f=f: f(args[0]))
                for module, f in changes.items()]
     try:
@@ -71,7 +71,7 @@ def run_with(changes, run):
 
 
 def record(modules, run):
-    """What each of {name: module} reads while run() calls the model once: {name: tensor}."""
+    """The input of each of {name: module} while run() calls the model once: {name: tensor}."""
     found = {}
     run_with({module: lambda x, name=name: found.update({name: x.cpu()})
               for name, module in modules.items()}, run)
@@ -673,8 +673,7 @@ def draw_progress(plt, lab, found):
 
 def measure_phases(runs):
     """{run: its config, (accuracy - chance) / (Ratio Matching's - chance) on four sets, phase}."""
-    # On novel queries; o.o.d. tasks are those that no run of the same p and seed has learned from
-    # or was stopped by, so that runs with many and with few tasks are asked the same.
+    # Novel queries of o.o.d. tasks that no run of the same p and seed learned from or stopped by.
     found = {}
     for name, (checkpoint, cfg, model) in runs.items():
         held_out = set.intersection(*(
@@ -772,7 +771,8 @@ def main(argv=None):
         os.makedirs(out, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()                  # can it be written?
     except (ValueError, OSError) as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        where = "error: --out: " if isinstance(e, OSError) else "error: "
+        print(where + " ".join(str(e).split()), file=sys.stderr)
         return 2
     try:
         import matplotlib.pyplot as plt
@@ -785,7 +785,7 @@ def main(argv=None):
     for part in parts:
         found[part] = here[f"measure_{part}"](lab)
         here[f"show_{part}"](lab, found[part])
-        save(out, found)                                 # after each, so that Ctrl-C loses but one
+        save(out, found)                                 # after each: Ctrl-C loses only one
         draw = here.get(f"draw_{part}") if plt else None
         for name, figure in (draw(plt, lab, found[part]) if draw else {}).items():
             (figure.savefig if name.endswith("png") else figure.save)(os.path.join(out, name))

@@ -13,7 +13,7 @@ With few pre-training tasks it memorizes them. With many it learns to infer a ta
 trained on from the examples in front of it: in-context learning, out of distribution (o.o.d.).
 
     python grok_icl.py --preset quick            p = 13, about two minutes on a CPU
-    python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, ten minutes
+    python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 20 minutes on one core
     python grok_icl.py --preset paper            as published; wants a GPU
 """
 import argparse
@@ -43,7 +43,7 @@ def option(default, paper, help, accepts=None):
 
 @dataclass
 class Config:
-    """One run; each field is a flag of that name. First its default, then the paper's value."""
+    """The settings of a run. Each field is a flag: its default, the paper's value, what it is."""
     # what is learned
     p: int = option(29, 29, "prime modulus; its residues are the vocabulary", (3, 997))
     tasks: int = option(512, 512, "pre-training tasks (a, b), out of p*p", (1, 10**6))
@@ -57,7 +57,7 @@ class Config:
     init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
     curriculum: bool = option(True, False, "few lines through the origin first; see pace()")
-    score_y: bool = option(True, False, "while there is one line, also learn to predict y")
+    score_y: bool = option(True, False, "while the curriculum has one line, learn y as well")
     shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
     optimizer: str = option("muon", "adamw", "updates the blocks' matrices", ["muon", "adamw"])
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
@@ -91,7 +91,7 @@ PRESETS = {
 MLP_RATIO = 4                 # MLP width / residual width
 ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
 ADAM_BETAS = (0.9, 0.98)
-MASTERED = 0.9                # share of what Ratio Matching can answer that ends a curriculum stage
+MASTERED = 0.9                # share of what Ratio Matching can answer that brings more lines
 PACE_EVERY = 10               # steps between looks at that share
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 4096       # of each set, in the closing report
@@ -147,7 +147,7 @@ def make_split(cfg):
     "id" are the pre-training tasks. The others are out of distribution, in two halves (the paper
     has one): early stopping looks at "val_ood", the closing report alone at "test_ood".
     "train_inputs" and "test_inputs" split the inputs; all tasks share them. Runs that differ in the
-    number of tasks alone have the same inputs, and the tasks of the smaller are in the larger.
+    number of tasks alone have the same inputs, and nested tasks (if they leave room to choose).
     """
     generator, p = torch.Generator().manual_seed(cfg.seed), cfg.p
     inputs, others = (grid(p)[torch.randperm(p * p, generator=generator)] for _ in range(2))
@@ -178,13 +178,13 @@ def line_of(inputs, p):
 
 def training_batch(split, line, cfg, lines, generator):
     """
-    A batch of cfg.batch sequences, (B, 3k) tokens. No task comes again before all have come.
+    A batch of cfg.batch sequences, (B, 3k) tokens. All tasks are used once before any is again.
 
     Inputs are drawn evenly, with replacement; line is line_of(split["train_inputs"]). In the
     curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line
     any example but (0, 0) answers any query by Ratio Matching: the model learns to divide. With
-    more it must also find the example to divide by. On few lines few examples are enough: k is 8
-    at first and then 16, which costs a quarter of 32 and half of it.
+    more it must also find the example to divide by. Few lines need few examples, which saves
+    time: k is 8 up to two lines, 16 until all are allowed, then cfg.examples.
     """
     tasks, inputs = split["id"], split["train_inputs"]
     k = cfg.examples if lines > cfg.p else min(cfg.examples, 8 if lines <= 2 else 16)
@@ -401,7 +401,7 @@ def make_optimizers(model, cfg):
 
 
 def lr_factor(step, warmup, steps):
-    """Learning rate / peak: linear from 0.01 to 1 over the warm-up, then a cosine to 0.1."""
+    """Learning rate as a share of its peak: a linear warm-up from 0.01, then a cosine to 0.1."""
     if step < warmup:
         return 0.01 + 0.99 * step / warmup
     return 0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
@@ -427,8 +427,8 @@ def training_loss(model, batch, score_y):
     """
     Cross-entropy of the z in a batch (B, 3k), and their logits (B, k, p). score_y adds that of y.
 
-    Scoring y is not in the paper. On one line y = r x, just as z = c x, so y can be told from an
-    example's ratio y/x. By the same ratio the model then finds its example among more lines.
+    Scoring y is not in the paper. On one line y = r x, with one r for the whole line: an example's
+    ratio y/x predicts y. By this ratio the model later finds the example on the query's line.
     """
     logits, loss = model(batch[:, :-1], everywhere=score_y), 0           # (B, k or 3k - 1, p)
     if score_y:
@@ -597,9 +597,8 @@ def save(run, cfg, name):
     if rank_and_world()[0] > 0:
         return
     if not all(w.isfinite().all() for w in run.model.parameters()):
-        sys.exit(f"error: at step {run.step} weights are not finite; {cfg.out} has what was saved "
-                 f"before. Try a smaller --lr")
-    state = {name: getattr(run, name) for name in STATE}
+        sys.exit(f"error: at step {run.step} weights not finite; try a smaller --lr, another --out")
+    state = {key: getattr(run, key) for key in STATE}
     state |= dict(config=asdict(cfg), model=run.model.state_dict(), device=run.device.type,
                   optimizers=[o.state_dict() for o in run.optimizers],
                   scaler=run.scaler.state_dict(), generator=run.generator.get_state())
@@ -655,8 +654,7 @@ def parse_config(argv=None):
     """
     The command line as a valid Config: (config, checkpoint to resume or None).
 
-    A flag goes before the resumed run, that before the preset, that before the default. Raises
-    ValueError on anything that can't be run.
+    A flag overrides a preset, and that a default. Raises ValueError on what can't be run.
     """
     def refuse(message):
         raise ValueError(message)
@@ -676,25 +674,26 @@ def parse_config(argv=None):
     preset = given.pop("preset", "default")
     given.setdefault("out", os.path.join("out", "-".join(
         [preset, *(f"{name}{given[name]}" for name in FIXED if name in given)])))
-    cfg, checkpoint = Config(**PRESETS.get(preset, {}) | given), None
+    given = PRESETS.get(preset, {}) | given
+    cfg, checkpoint = Config(**given), None
     if cfg.resume:
         checkpoint, saved, _ = load_checkpoint(os.path.join(cfg.out, "last.pt"))
-        if checkpoint["history"]:                     # the closing report will want best.pt
-            load_checkpoint(os.path.join(cfg.out, "best.pt"))
+        path = os.path.join(cfg.out, "best.pt")       # the closing report will want it
+        best = load_checkpoint(path)[1] if checkpoint["history"] else saved
         cfg = replace(saved, **given | {"resume": False})
         for name in FIXED:
-            if getattr(cfg, name) != getattr(saved, name):
+            if not getattr(cfg, name) == getattr(saved, name) == getattr(best, name):
                 raise ValueError(f"{flag(name)} {getattr(cfg, name)}: the run in {cfg.out} has "
-                                 f"{getattr(saved, name)}, and --resume can't change it")
-    elif any(os.path.exists(os.path.join(cfg.out, name)) for name in ("last.pt", "best.pt")):
-        raise ValueError(f"--out {cfg.out}: holds a run; --resume continues it, another --out "
-                         f"starts anew")
+                                 f"{getattr(best, name)}, and --resume can't change it")
+    elif any(os.path.exists(os.path.join(cfg.out, name))
+             for name in ("last.pt", "best.pt", "metrics.csv")):
+        raise ValueError(f"--out {cfg.out}: holds a run; to go on: --resume; else another --out")
     validate(cfg)
     return cfg, checkpoint
 
 
 def validate(cfg):
-    """ValueError, naming flag, value and what would do, unless the run can be made."""
+    """Raise ValueError, naming flag, value and what is accepted, if the run can't be made."""
     def need(ok, name, accepted):
         if not ok:
             raise ValueError(f"{flag(name)} {getattr(cfg, name)}: must be {accepted}")

@@ -573,7 +573,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
             return batch(*args)
         monkeypatch.setattr(g, "training_batch", breaking)
         run = g.start(cfg)
-        with pytest.raises(SystemExit, match=f"at step {when} weights are not finite"):
+        with pytest.raises(SystemExit, match=f"at step {when} weights not finite"):
             g.train(run, cfg, signals)
         for name in ("last.pt", "best.pt"):
             if (tmp_path / name).exists():
@@ -761,3 +761,28 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     done = run([*TINY_FLAGS, "--out", str(tmp_path / "file" / "run")])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--out" in done.stderr
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_of_two_runs_is_not_resumed(half_a_run, tmp_path, capsys):
+    """best.pt of another run would be reported as this one's."""
+    for name, content in zip(("last.pt", "best.pt"), half_a_run):
+        (tmp_path / name).write_bytes(content)
+    other = torch.load(tmp_path / "best.pt", weights_only=True)
+    other["config"]["lr"] = 0.123
+    torch.save(other, tmp_path / "best.pt")
+    assert g.main(["--resume", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--lr" in err and "0.123" in err
+
+
+def test_resume_refuses_a_preset_that_differs(half_a_run, tmp_path, capsys):
+    for name, content in zip(("last.pt", "best.pt"), half_a_run):
+        (tmp_path / name).write_bytes(content)
+    assert g.main(["--resume", "--preset", "quick", "--out", str(tmp_path)]) == 2
+    assert "--p 13" in capsys.readouterr().err
+
+
+def test_metrics_alone_are_not_overwritten(tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text("mine")
+    assert g.main([*TINY_FLAGS, "--out", str(tmp_path)]) == 2
+    assert "holds a run" in capsys.readouterr().err and (tmp_path / "metrics.csv").read_text() == "mine"
