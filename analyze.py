@@ -704,7 +704,7 @@ def draw_phases(plt, runs, found):
         share = np.array([100 * row[name] for row in found.values()])
         ax.plot(tasks, share, style[0], color=colour, ms=3)
         ax.plot(n, np.bincount(at, share / np.bincount(at)[at]), style, c=colour, label=name)
-    ax.set(xlabel="pre-training tasks", ylabel="share of the possible (%)", ylim=(-5, 115))
+    ax.set(xlabel="pre-training tasks", ylabel="share of the possible (%)")
     ax.legend()
     return {"phases.png": fig}
 
