@@ -648,7 +648,6 @@ def show_progress(lab, found):
 
 
 def draw_progress(plt, lab, found):
-    from matplotlib.animation import FuncAnimation
     steps, last = found["step"].tolist(), found["plane"][-1].flatten()
     film, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
 
@@ -656,7 +655,8 @@ def draw_progress(plt, lab, found):
         left.clear()
         right.clear()
         scatter(left, found["plane"][i].flatten(), g.grid(lab.p)[:, 0], lab.p, last)
-        left.set(title=f"step {steps[i]}, head {found['head']}, by log x", xticks=[], yticks=[])
+        left.set(title=f"step {steps[i]}, head {found['head']}; colour: log x", aspect="equal",
+                 xticks=[], yticks=[])
         rows = [row for row in found["history"] if row["step"] <= steps[i]]
         for name, style in zip(("id_train", "id_test", "val_ood_train", "val_ood_test"),
                                ("--C7", "C7", "--C0", "C0")):
@@ -665,7 +665,7 @@ def draw_progress(plt, lab, found):
         right.set(title="accuracy (%)", xlabel="step", xlim=(0, steps[-1]), ylim=(0, 100))
         right.legend(loc="upper left")
     frames = [*range(0, len(steps), math.ceil(len(steps) / 48)), *[len(steps) - 1] * 8]
-    return {"progress.gif": FuncAnimation(film, frame, frames, interval=250)}
+    return {"progress.gif": plt.matplotlib.animation.FuncAnimation(film, frame, frames)}
 
 # -------------------------------------------------------------------------------------------------
 # Many runs: what share of the possible each reaches, and its phase (figure 1b)
@@ -775,7 +775,7 @@ def main(argv=None):
         print(where + " ".join(str(e).split()), file=sys.stderr)
         return 2
     try:
-        import matplotlib.pyplot as plt
+        from matplotlib import animation, pyplot as plt  # noqa: F401: draw_progress uses both
         plt.switch_backend("agg")
         plt.rcParams |= {"font.size": 8, "figure.constrained_layout.use": True,
                          "animation.writer": "pillow"}

@@ -60,8 +60,7 @@ def with_fused_attention(model):
 
 
 def z_loss(model, tokens):
-    """The loss of train(): mean cross-entropy of the z tokens."""
-    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 2::3].flatten())
+    return g.training_loss(model, tokens, score_y=False)[0]
 
 
 def everywhere_loss(model, tokens):
