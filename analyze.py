@@ -24,7 +24,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 
 import grok_icl as g
 
@@ -39,8 +38,10 @@ SKILLS = ("copy", "ratio", "regression", "undetermined")
 WHO = ("model", "ratio", "regression", "exact memory", "best fit")
 POSITIONS = {"x": slice(0, None, 3), "y": slice(1, None, 3), "z": slice(2, None, 3)}
 SETS = ("i.d. train", "i.d. test", "o.o.d. train", "o.o.d. test")    # tasks and inputs
-PHASES = {"in-distribution memorization": "IM", "in-distribution generalization": "IG",
-          "o.o.d. memorization": "OM", "o.o.d. generalization": "OG"}
+COLOURS = {"IM": "C7", "IG": "C1", "OM": "C0", "OG": "C2", "?": "white"}         # of the phases
+PAPER = dict(zip([(2 ** n, alpha / 10) for alpha in range(8, 1, -1) for n in range(3, 10)], (
+    "IM IM IG IG IG OG OG " * 2 + "IM IM IM IG IG OG OG " + "IM IM IM IM IG OG OG " * 2 +
+    "IM IM IM IM IM OM OG " + "IM IM IM IM IM OM OM").split()))                  # its figure 1b
 
 # -------------------------------------------------------------------------------------------------
 # Probes: contexts, every query after one, what a module reads, and changes of it
@@ -80,8 +81,8 @@ def record(modules, run):
 
 @torch.no_grad()
 def answers(lab, tokens):
-    """The z that the model predicts at each query, (B, k), all positions computed."""
-    return lab.model(tokens[:, :-1].to(lab.device), everywhere=True)[:, 1::3].argmax(-1).cpu()
+    """The z that the model predicts at each query of tokens (B, 3k): (B, k)."""
+    return lab.model(tokens.to(lab.device), everywhere=True)[:, 1::3].argmax(-1).cpu()
 
 
 def query_grid(task, inputs, p):
@@ -90,36 +91,17 @@ def query_grid(task, inputs, p):
     return g.to_tokens(task.expand(p * p, 2), inputs, p)
 
 
-@torch.no_grad()
-def ask(lab, task, inputs):
-    """What the model says to each query of query_grid, (p, p), at a fraction of the cost."""
-    # Row x of the batch has the context once and behind it the queries (x, 0), (x, 1), ... Each is
-    # placed right behind the context and is blind to the other queries, as if it came alone.
-    n, p, first = len(inputs), lab.p, lab.model.blocks[0].attention
-    inputs = torch.cat((inputs.expand(p, -1, -1), g.grid(p).view(p, p, 2)), dim=1)   # (p, n + p, 2)
-    tokens = g.to_tokens(task.expand(p, 2), inputs, p).to(lab.device)                # (p, T)
-    example = torch.arange(n + p, device=lab.device).repeat_interleave(3)            # (T,)
-    place = torch.arange(len(example), device=lab.device) - 3 * (example - n).clamp(min=0)
-    blind = (place > place[:, None]) | ((example >= n) & (example != example[:, None]))
-    tables = {"cos": first.cos[place], "sin": first.sin[place],
-              "future": torch.zeros(blind.shape).to(lab.device).masked_fill(blind, -math.inf)}
-    tables = {f"blocks.{i}.attention.{name}": values for name, values in tables.items()
-              for i in range(lab.cfg.depth)}
-    logits = functional_call(lab.model, tables, tokens, {"everywhere": True})        # (p, T, p)
-    return logits[:, 3 * n + 1::3].argmax(-1).cpu()
-
-
 def observed(lab):
     """After CONTEXTS contexts, kept: each site at the query's y, (n, N, p, p), and "outputs"."""
     # "outputs" (n, p, p, 3, L*H, C): what each head adds to the residual stream at x, y and z, with
     # its output matrix, and standardized as the authors do it.
     if not hasattr(lab, "observed"):
-        lab.observed, outputs, by_head = {}, [], (lab.cfg.heads, -1)
-        runs = [record(sites(lab.model), lambda: ask(lab, *context))
-                for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k - 1))]
+        lab.observed, outputs, runs, by_head = {}, [], [], (lab.cfg.heads, -1)
+        for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k - 1)):
+            seen = record(sites(lab.model), lambda: answers(lab, query_grid(*context, lab.p)))
+            runs.append({site: values[:, -3:].clone() for site, values in seen.items()})
         for site, module in sites(lab.model).items():
-            seen = torch.stack([run[site] for run in runs])[:, :, 3 * lab.k - 3:]
-            seen = seen.unflatten(2, (lab.p, 3))                               # (n, p, p, 3, N)
+            seen = torch.stack([run[site] for run in runs]).unflatten(1, (lab.p, lab.p))
             lab.observed[site] = seen[:, :, :, 1].movedim(-1, 1).contiguous()
             if "heads" in site:
                 weight = module.weight.detach().cpu().unflatten(1, by_head)
@@ -223,11 +205,11 @@ def measure_skills(lab):
     kinds = torch.stack((x >= 0, x == 0, (y == 0) & (x > 0), x * y > 0)).double()    # (4, p*p)
     found = {"accuracy": [], "right": [], "skill": []}
     for s in shots:
-        context = list(zip(tasks, inputs[:, :s]))
-        tokens = torch.stack([query_grid(*c, p) for c in context])                   # (n, p*p, T)
-        right = torch.stack([ask(lab, *c).flatten() for c in context]) == tokens[..., -1]
+        tokens = torch.stack([query_grid(*c, p) for c in zip(tasks, inputs[:, :s])])
+        said = torch.stack([answers(lab, t)[:, -1] for t in tokens])                 # (n, p*p)
         skill = torch.stack([skill_of(t, p)[:, -1] for t in tokens])                 # (n, p*p)
         asked = torch.einsum("kq,nqs->nqks", kinds, F.one_hot(skill, 4).double())
+        right = said == tokens[..., -1]
         answered = (asked * right[..., None, None]).sum((0, 1))
         found["accuracy"].append(answered / asked.sum((0, 1)))                       # nan: no query
         found["right"].append(right[0].view(p, p))
@@ -274,12 +256,12 @@ def lines(tokens, p):
 
 def attention_to_line(weights, tokens, p):
     """How much heads look from a query's y at examples on its line, of an even spread: (H,)."""
-    # weights (B, H, k, 3k - 1); of novel queries with some, not all, examples on their line.
+    # weights (B, H, k, 3k); of novel queries with some, not all, examples on their line.
     line = lines(tokens, p)
     same = ((line[:, :, None] == line[:, None]) & (line[:, :, None] >= 0)).tril(-1)  # (B, k, k)
     shots = torch.arange(line.size(1))
     counts = g.novel_queries(tokens) & (same.sum(-1) > 0) & (same.sum(-1) < shots)   # (B, k)
-    weights = F.pad(weights, (0, 1)).unflatten(-1, (-1, 3)).sum(-1).tril(-1)         # (B, H, k, k)
+    weights = weights.unflatten(-1, (-1, 3)).sum(-1).tril(-1)                        # (B, H, k, k)
     even = weights.sum(-1) * (same.sum(-1) / shots.clamp(min=1))[:, None]            # (B, H, k)
     on_line = (weights * same[:, None]).sum(-1)
     return (on_line * counts[:, None]).sum((0, 2)) / (even * counts[:, None]).sum((0, 2))
@@ -427,13 +409,12 @@ def accuracy_with(lab, site, group, n):
     mask = power >= power.flatten(1).topk(n).values[:, -1, None, None]
 
     def change(values):
-        values, at_y = values.clone(), slice(3 * lab.k - 2, None, 3)
-        f = keep_characters(values[:, at_y].cpu().permute(2, 0, 1), order, mask)
-        values[:, at_y] = f.permute(1, 2, 0)
+        values, f = values.clone(), values[:, -2].T.unflatten(1, (lab.p, lab.p))     # (N, p, p)
+        values[:, -2] = keep_characters(f.cpu(), order, mask).flatten(1).T
         return values
-    said = run_with({sites(lab.model)[site]: change}, lambda: ask(lab, *context))
+    said = run_with({sites(lab.model)[site]: change}, lambda: answers(lab, tokens))
     counts = (skill_of(tokens, lab.p)[:, -1] == 1) & (g.grid(lab.p) > 0).all(1)
-    return (said.flatten() == tokens[:, -1])[counts].float().mean().item()
+    return (said[:, -1] == tokens[:, -1])[counts].float().mean().item()
 
 
 def measure_fourier(lab):
@@ -687,7 +668,8 @@ def measure_phases(runs):
         share = (right - 1 / cfg.p) / (ratio - 1 / cfg.p)
         found[name] = {key: str(getattr(cfg, key)) for key in (
             "p", "tasks", "alpha", "depth", "embd", "seed")} | dict(zip(SETS, share.tolist()))
-        found[name]["phase"] = PHASES.get(g.phase(right, ratio, cfg.p), "?")
+        words = g.phase(right, ratio, cfg.p).split()
+        found[name]["phase"] = "".join(w[0].upper() for w in words) if len(words) == 2 else "?"
     return found
 
 
@@ -697,8 +679,22 @@ def show_phases(runs, found):
 
 
 def draw_phases(plt, runs, found):
-    fig, ax = plt.subplots(figsize=(5, 3.2))
     tasks = np.array([int(row["tasks"]) for row in found.values()])
+    grids = {"these runs": {(n, float(row["alpha"])): row["phase"]
+                            for n, row in zip(tasks.tolist(), found.values())},
+             "the paper: p = 29, depth 6": PAPER}
+    if len({alpha for _, alpha in grids["these runs"]}) > 1:
+        fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
+        for ax, (title, cells) in zip(axes, grids.items()):
+            n, alpha = (sorted(set(values)) for values in zip(*cells))
+            for (i, j), letters in cells.items():
+                ax.text(n.index(i), alpha.index(j), letters, ha="center", va="center",
+                        bbox={"boxstyle": "square", "fc": COLOURS[letters]})
+            ax.set(title=title, xlabel="pre-training tasks", ylabel="alpha",
+                   xlim=(-0.5, len(n) - 0.5), xticks=range(len(n)), xticklabels=n,
+                   ylim=(-0.5, len(alpha) - 0.5), yticks=range(len(alpha)), yticklabels=alpha)
+        return {"phase_grid.png": fig}
+    fig, ax = plt.subplots(figsize=(5, 3.2))
     n, at = np.unique(tasks, return_inverse=True)
     for name, colour, style in zip(SETS, ("C7", "C7", "C0", "C0"), ("o-", "v:", "o-", "v:")):
         share = np.array([100 * row[name] for row in found.values()])
@@ -729,7 +725,7 @@ def open_lab(path, device):
 def open_runs(folders):
     """{folder: (checkpoint, config, model)} of the runs under the folders."""
     runs = {}
-    for folder in folders or ["phases"]:
+    for folder in folders or ["out"]:
         files = sorted(glob.glob(os.path.join(folder, "**", "best.pt"), recursive=True))
         if not files:
             raise ValueError(f"{folder}: no run (a folder with best.pt) there")
@@ -752,7 +748,7 @@ def main(argv=None):
     def refuse(message):
         raise ValueError(message)
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, usage="analyze.py RUN|FILE [part ...] | phases DIR ...")
+        allow_abbrev=False, usage="analyze.py RUN|FILE [part ...] | phases [DIR ...]")
     parser.error = refuse
     parser.add_argument("path", metavar="RUN|FILE", help="a run's folder, a checkpoint, or: phases")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
