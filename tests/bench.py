@@ -5,9 +5,9 @@ How fast is a training step, and what are its parts worth?
     python tests/bench.py --preset paper --tasks 64 --batch 64  the paper's model on a CPU
     python tests/bench.py --preset paper --tasks 64 --batch 64 --authors DIR
 
-Takes the flags of grok_icl.py and trains for some steps past the curriculum, without writing. Variants
-take turns, step by step, so that a busy machine is busy for all. Run by hand, not by pytest. DIR is a copy
-of https://github.com/ablghtianyi/ICL_Modular_Arithmetic (needs pandas, schedulefree and
+Takes the flags of grok_icl.py and trains some steps past the curriculum, without writing. Variants
+take turns, step by step, so that a busy machine is busy for all. Run by hand, not by pytest. DIR is
+a copy of https://github.com/ablghtianyi/ICL_Modular_Arithmetic (needs pandas, schedulefree and
 rotary_embedding_torch): its data loader, model, loss and metrics run in its own training loop.
 """
 import argparse
@@ -26,12 +26,10 @@ import grok_icl as g  # noqa: E402
 
 
 def operations(cfg, batch, k):
-    """
-    Floating-point operations of the matrix products in a step on batch sequences of k examples.
+    """Floating-point operations of the matrix products in a step on batch sequences of k examples.
 
     Forward, for each position: keys and values, 4 C^2; where it asks (in the last block at y alone)
-    queries, output and MLP, 20 C^2, and attention, 4 T C; 2 C p for each z. Backward: twice that.
-    """
+    queries, output, MLP, 20 C^2, and attention, 4 T C; 2 C p for each z. Backward: twice that."""
     C, T = cfg.embd, 3 * k - 1
     N, Q = batch * T, batch * k
     asking = (cfg.depth - 1) * N + Q
@@ -120,21 +118,22 @@ def against_authors(folder, cfg, ours, rounds, block):
     from _src import task_utils, train_utils
     sys.argv = argv
     device = ours.device.type
-    flags = dict(device=device, mixed_precision=device == "cuda", n_layer=cfg.depth, n_embd=cfg.embd,
-                 n_head=cfg.heads, p=cfg.p, base=cfg.p, n_tasks_pl=cfg.tasks // 4, n_point_per_row=cfg.examples,
-                 data_pct=100 * cfg.alpha, bs=cfg.batch, lr=cfg.lr, wd=cfg.wd, n_val_step=0,
-                 n_ckpts=0, steps=block * (rounds + 2), warmup_steps=1)
-    args = theirs.parser.parse_args([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
+    flags = dict(device=device, mixed_precision=device == "cuda", n_layer=cfg.depth,
+                 n_embd=cfg.embd, n_head=cfg.heads, p=cfg.p, base=cfg.p, n_tasks_pl=cfg.tasks // 4,
+                 n_point_per_row=cfg.examples, data_pct=100 * cfg.alpha, bs=cfg.batch, lr=cfg.lr,
+                 wd=cfg.wd, n_val_step=0, n_ckpts=0, steps=block * (rounds + 2), warmup_steps=1)
+    args = theirs.parser.parse_args([f"--{name}={value}" for name, value in flags.items()])
     args.dtype = torch.bfloat16 if args.mixed_precision else torch.float32
-    args.ngpu_per_node = 1
     args.tasks = task_utils.parallelogram_tasks_with_shared_components(
         task_utils.generate_all_unique_sublists(args, args.n_tasks_pl), args)
-    args.n_tasks, args.n_ood_tasks, args.ood_bs = len(args.tasks), 8, 8
+    args.n_tasks, args.n_ood_tasks, args.ood_bs, args.ngpu_per_node = len(args.tasks), 8, 8, 1
     data, _, tokenizer = theirs.prepare_data(args, args.tasks)
-    args.vocab_size, args.max_digits, args.dim = len(tokenizer), tokenizer.max_digits, 3 * tokenizer.max_digits
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo",      # their sampler asks for one
+    args.vocab_size, args.max_digits = len(tokenizer), tokenizer.max_digits
+    args.dim = 3 * args.max_digits
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo",  # for the sampler
                                          store=torch.distributed.HashStore(), rank=0, world_size=1)
-    loader, sampler = theirs.get_train_dataloader(data.view(args.n_tasks, len(data) // args.n_tasks, -1), args.bs, args)
+    loader, sampler = theirs.get_train_dataloader(
+        data.view(args.n_tasks, len(data) // args.n_tasks, -1), args.bs, args)
     model = theirs.RoPETransformer(theirs.RoPEFlashAttention, args).to(device)
     times = [], []
 
@@ -154,28 +153,30 @@ def against_authors(folder, cfg, ours, rounds, block):
             yield batch
     scaler = theirs.GradScaler(enabled=args.mixed_precision)
     with tempfile.TemporaryDirectory() as temporary:
-        train_utils.train_tf_icl(torch.compile(model) if device == "cuda" else model, model, in_turn(), [], [], [], None,
-                                 scaler, args, torch.device(device), data_prefix=os.path.join(temporary, "x"))
+        train_utils.train_tf_icl(
+            torch.compile(model) if device == "cuda" else model, model, in_turn(), [], [], [], None,
+            scaler, args, torch.device(device), data_prefix=os.path.join(temporary, "x"))
     return times[0][1:], times[1][1:]                         # the first block warms up
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Takes the flags of grok_icl.py too.", allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=10, help="how often each variant takes its turn [10]")
-    parser.add_argument("--authors", metavar="DIR", help="a copy of the authors' code, to run beside ours")
+    parser = argparse.ArgumentParser(description="Has grok_icl.py's flags too.", allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each variant [10]")
+    parser.add_argument("--authors", metavar="DIR", help="the authors' code, to run beside ours")
     own, rest = parser.parse_known_args()
     cfg, _ = g.parse_config([*rest, "--out", os.path.join(tempfile.gettempdir(), "never made")])
     on_gpu = g.pick_device(cfg.device).type == "cuda"
     compiled = cfg.compile == "on" or cfg.compile == "auto" and on_gpu
     block, batch = 20 if on_gpu else 1, cfg.batch
     steppers = {"as trained": Stepper(cfg, compiled=compiled),
-                "last block at every position": Stepper(cfg, loss=everywhere_loss, compiled=compiled),
+                "last block everywhere": Stepper(cfg, loss=everywhere_loss, compiled=compiled),
                 "fused attention": Stepper(cfg, with_fused_attention, compiled=compiled),
                 "no autocast": Stepper(cfg, autocast=False, compiled=compiled)}
     if compiled:
         steppers["not compiled"] = Stepper(cfg)
-    print(f"{steppers['as trained'].device}, torch {torch.__version__}, {torch.get_num_threads()} threads; p {cfg.p}, "
-          f"{cfg.tasks} tasks, depth {cfg.depth}, width {cfg.embd}, batch {batch}, {cfg.optimizer}", flush=True)
+    print(f"{steppers['as trained'].device}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads; p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, "
+          f"width {cfg.embd}, batch {batch}, {cfg.optimizer}", flush=True)
     for stepper in steppers.values():
         stepper.several(2 * block)                            # warm-up and compilation
     seconds = {name: [] for name in steppers}
@@ -183,10 +184,10 @@ def main():
         for name, stepper in steppers.items():
             seconds[name].append(stepper.several(block))
     trained = seconds.pop("as trained")
-    done = operations(cfg, batch, cfg.examples)
     print(f"step, {cfg.examples} examples: {spread([1e3 * s for s in trained])} ms, "
-          f"{done / statistics.median(trained) / 1e9:,.0f} GFLOP/s")
-    print("operations with 8, 16, 32 examples: " + ", ".join(f"{operations(cfg, batch, k):.3g}" for k in (8, 16, 32)))
+          f"{operations(cfg, batch, cfg.examples) / statistics.median(trained) / 1e9:,.0f} GFLOP/s")
+    print("operations with 8, 16, 32 examples: "
+          + ", ".join(f"{operations(cfg, batch, k):.3g}" for k in (8, 16, 32)))
     print("time of a step, as a multiple of the step as trained: median (lowest to highest)")
     for name, values in seconds.items():
         print(f"  {name:30} {spread([v / t for v, t in zip(values, trained)])}")

@@ -4,10 +4,10 @@ Kill a training run at random moments, resume it, and compare with a run that no
     python tests/kill.py                 100 kills; the suite makes a few of them
     python tests/kill.py --kills 1000
 
-SIGKILL comes at a random time, or, at every other start, as soon as a file is being written. After each,
-every file must be whole. A run ends when it has been resumed to its last step; then its weights, optimizer
-and random states, history and metrics.csv must be those of the untouched run, bit for bit, and the next one
-begins. Needs os.fork, so not Windows.
+SIGKILL comes at a random time, or, at every other start, as soon as a file is being written. After
+each, every file must be whole. A run ends when it has been resumed to its last step. Then its
+weights, optimizer and random states, history and metrics.csv must be those of the untouched run,
+bit for bit, and the next one begins. Needs os.fork, so not Windows.
 """
 import argparse
 import os
@@ -23,8 +23,9 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import grok_icl as g  # noqa: E402
 
 torch.set_num_threads(1)
-FLAGS = ("--p 5 --tasks 8 --alpha 0.8 --examples 4 --depth 2 --heads 2 --embd 16 --init-std 0.1 --lr 0.01 --wd 0.1 "
-         "--batch 16 --steps 60 --warmup 2 --eval-every 3 --patience 4 --device cpu").split()
+FLAGS = ("--p 5 --tasks 8 --alpha 0.8 --examples 4 --depth 2 --heads 2 --embd 16 --init-std 0.1 "
+         "--lr 0.01 --wd 0.1 --batch 16 --steps 60 --warmup 2 --eval-every 3 --patience 4 "
+         "--device cpu").split()
 
 
 def launch(argv):
@@ -52,11 +53,12 @@ def ended(child):
 
 def flags_for(folder):
     """Start the run, or resume it where there is something to resume."""
-    return ["--resume", "--out", folder] if os.path.exists(os.path.join(folder, "last.pt")) else [*FLAGS, "--out", folder]
+    begun = os.path.exists(os.path.join(folder, "last.pt"))
+    return ["--resume", "--out", folder] if begun else [*FLAGS, "--out", folder]
 
 
 def files(folder):
-    """What must not differ: (last.pt and best.pt without folder names, metrics.csv); each file must be whole."""
+    """What must not differ: (last.pt, best.pt, metrics.csv), without folder names, each whole."""
     kept = []
     for name in ("last.pt", "best.pt"):
         path = os.path.join(folder, name)
@@ -68,9 +70,10 @@ def files(folder):
 
 
 def check_after_kill(folder, whole):
-    """Nothing is lost but the steps since the last evaluation, and no row is doubled, missing or torn."""
+    """Only the steps since the last evaluation are lost; no row is doubled, missing or torn."""
     last, _, metrics = files(folder)
-    assert whole.startswith(metrics) and metrics[-1:] in ("", "\n"), "metrics.csv is not the beginning of the untouched run's"
+    beginning = whole.startswith(metrics) and metrics[-1:] in ("", "\n")
+    assert beginning, "metrics.csv is not the beginning of the untouched run's"
     rows = max(0, metrics.count("\n") - 1)
     saved = len(last["history"]) if last else 0
     assert rows - 1 <= saved <= rows, f"{rows} rows in metrics.csv, {saved} in last.pt"
@@ -102,11 +105,13 @@ def main():
             folder = os.path.join(temporary, f"run{runs}")
             code = None
             while code is None:
-                child, at_write = launch(flags_for(folder)), rng.random() < 0.5 and kills < args.kills
-                deadline = time.monotonic() + (rng.uniform(0, seconds) if kills < args.kills else 1e9)
+                child, more = launch(flags_for(folder)), kills < args.kills
+                at_write = rng.random() < 0.5 and more
+                deadline = time.monotonic() + (rng.uniform(0, seconds) if more else 1e9)
                 while (code := ended(child)) is None:
-                    caught = at_write and time.monotonic() > deadline - seconds / 2 and os.path.isdir(folder) and any(
-                        name.endswith(".tmp") for name in os.listdir(folder))
+                    caught = (at_write and time.monotonic() > deadline - seconds / 2
+                              and os.path.isdir(folder)
+                              and any(name.endswith(".tmp") for name in os.listdir(folder)))
                     if caught or time.monotonic() > deadline + (seconds if at_write else 0):
                         os.kill(child, signal.SIGKILL)
                         os.waitpid(child, 0)

@@ -25,16 +25,18 @@ torch.set_num_threads(1)
 
 
 def config(**changes):
-    return g.Config(**{**dict(p=7, tasks=12, examples=6, depth=2, heads=2, embd=16, init_std=0.3, lr=0.01, wd=0.1,
-                              batch=16, steps=4, warmup=1, eval_every=2, device="cpu", amp="off"), **changes})
+    return g.Config(**{**dict(p=7, tasks=12, examples=6, depth=2, heads=2, embd=16, init_std=0.3,
+                              lr=0.01, wd=0.1, batch=16, steps=4, warmup=1, eval_every=2,
+                              device="cpu", amp="off"), **changes})
 
 
 def planted_lab(model=None, **changes):
     """What open_lab returns, with an untrained or a planted model."""
     cfg = config(**changes)
     torch.manual_seed(0)
-    return SimpleNamespace(model=model or g.GPT(cfg), cfg=cfg, split=g.make_split(cfg), device="cpu", p=cfg.p,
-                           k=cfg.examples, heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)])
+    return SimpleNamespace(model=model or g.GPT(cfg), cfg=cfg, split=g.make_split(cfg),
+                           device="cpu", p=cfg.p, k=cfg.examples,
+                           heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)])
 
 
 def sequences(lab, n=64):
@@ -48,12 +50,12 @@ def noise(*shape, seed=0):
 def log(x, p):
     """Discrete logarithm by trial; 0 for 0."""
     base = a.powers(p)[1].item()
-    return torch.tensor([next((k for k in range(p - 1) if pow(base, k, p) == v), 0) for v in x.flatten().tolist()]
-                        ).view(x.shape)
+    return torch.tensor([next((k for k in range(p - 1) if pow(base, k, p) == v), 0)
+                         for v in x.flatten().tolist()]).view(x.shape)
 
 
 def angle(p, group, k, l):
-    """Angle of the character (k, l) at every (x, y), (p, p); at zeros it means nothing if multiplicative."""
+    """Angle of character (k, l) at every (x, y), (p, p); meaningless at zeros if multiplicative."""
     x, y = g.grid(p).T.view(2, p, p)
     m = p if group == "additive" else p - 1
     u, v = (x, y) if group == "additive" else (log(x, p), log(y, p))
@@ -73,7 +75,7 @@ def test_the_grid_asks_every_query_after_the_same_context():
 
 
 def test_what_is_observed_is_what_sequences_alone_show():
-    """Sites at the query's y; and each head's output, whose sum is what the attention adds, standardized."""
+    """Sites at the query's y; and what each head adds to the stream, standardized."""
     lab = planted_lab()
     seen = a.observed(lab)
     for n, context in enumerate(zip(*a.contexts(lab, "test_ood", a.CONTEXTS, lab.k - 1))):
@@ -88,7 +90,8 @@ def test_what_is_observed_is_what_sequences_alone_show():
                 only[..., 8 * h:8 * h + 8] = alone[f"heads {i}"][:, -3:, 8 * h:8 * h + 8]
                 out = block.attention.out(only).unflatten(0, (7, 7)).detach()
                 out = (out - out.mean(-1, keepdim=True)) / out.std(-1, keepdim=True, correction=0)
-                torch.testing.assert_close(seen["outputs"][n, :, :, :, 2 * i + h], out, atol=1e-2, rtol=1e-2)
+                torch.testing.assert_close(seen["outputs"][n, :, :, :, 2 * i + h], out,
+                                           atol=1e-2, rtol=1e-2)
 
 
 def test_interception_changes_what_is_read_and_ends():
@@ -103,8 +106,10 @@ def test_interception_changes_what_is_read_and_ends():
 @pytest.mark.parametrize("p", [3, 7, 11, 13, 29])
 def test_orders(p):
     order = a.orders("multiplicative", p, 5)
-    assert order.shape == (6, 2, p - 1) and all(sorted(row) == list(range(1, p)) for row in order.flatten(0, 1).tolist())
-    assert torch.equal(order[0, 0], order[0, 1]) and (p == 3 or not torch.equal(order[1, 0], order[1, 1]))
+    assert order.shape == (6, 2, p - 1)
+    assert all(sorted(row) == list(range(1, p)) for row in order.flatten(0, 1).tolist())
+    assert torch.equal(order[0, 0], order[0, 1])
+    assert p == 3 or not torch.equal(order[1, 0], order[1, 1])
     row = order[0, 0]
     assert all(row[(i + 1) % (p - 1)] == row[i] * row[1] % p for i in range(p - 1))
     assert a.orders("additive", p, 5)[0, 0].tolist() == list(range(p))
@@ -112,14 +117,16 @@ def test_orders(p):
 
 
 def test_against_null(monkeypatch):
-    """Of ten random orders five reach the first thing's 5; the best of both is 7, which three reach."""
+    """Five of ten random orders reach the first thing's 5. Three reach 7, the best of both."""
     monkeypatch.setattr(a, "NULLS", 10)
     scores = iter([(5, 7), *((n, -n) for n in range(10))])
-    rows = a.against_null(lambda x, y: torch.tensor(next(scores))[:, None], "additive", 5, ["one", "two"], ["it"])
+    rows = a.against_null(lambda x, y: torch.tensor(next(scores))[:, None], "additive", 5,
+                          ["one", "two"], ["it"])
     assert list(rows) == ["one", "two", "best of all"]
-    assert rows["one"] == pytest.approx({"it": 5, "it null": np.quantile(range(10), 0.95), "it p": 6 / 11})
+    null = np.quantile(range(10), 0.95)
+    assert rows["one"] == pytest.approx({"it": 5, "it null": null, "it p": 6 / 11})
     assert rows["two"]["it p"] == pytest.approx(1 / 11) and rows["two"]["it null"] <= 0
-    assert rows["best of all"] == pytest.approx({"it": 7, "it null": np.quantile(range(10), 0.95), "it p": 4 / 11})
+    assert rows["best of all"] == pytest.approx({"it": 7, "it null": null, "it p": 4 / 11})
 
 # -------------------------------------------------------------------------------------------------
 # Shots, skills, attention
@@ -134,9 +141,11 @@ def test_memory_scores_against_loops(best_fit):
     scores = a.memory_scores(tokens, tasks, p)[best_fit]
     for row, sequence in zip(scores.tolist(), tokens.unflatten(1, (4, 3)).tolist()):
         for t, (x, y, z) in enumerate(sequence):
-            fits = [sum((c * u + d * v) % p == w for u, v, w in sequence[:t]) for c, d in tasks.tolist()]
+            fits = [sum((c * u + d * v) % p == w for u, v, w in sequence[:t])
+                    for c, d in tasks.tolist()]
             best = max(fits) if best_fit else t
-            said = [(c * x + d * y) % p for (c, d), f in zip(tasks.tolist(), fits) if f == best] or list(range(p))
+            said = ([(c * x + d * y) % p for (c, d), f in zip(tasks.tolist(), fits) if f == best]
+                    or list(range(p)))
             top = max(map(said.count, said))
             winners = {s for s in said if said.count(s) == top}
             assert row[t] == pytest.approx((z in winners) / len(winners))
@@ -144,15 +153,17 @@ def test_memory_scores_against_loops(best_fit):
 
 def test_skills_of_a_ratio_matcher():
     found = a.measure_skills(planted_lab(exact("ratio"), examples=5))
-    accuracy = found["accuracy"].numpy()                                      # (shots, kinds, skills)
-    assert found["shots"] == [1, 2, 3, 4] and accuracy[:, 0, :2].min() == 1   # copies and ratio queries
-    assert abs(np.nanmean(accuracy[:, 0, 2]) - 1 / 7) < 0.1                   # else it says 0: by chance
+    accuracy = found["accuracy"].numpy()                         # (shots, kinds, skills)
+    assert found["shots"] == [1, 2, 3, 4]
+    assert accuracy[:, 0, :2].min() == 1                         # copies and ratio queries
+    assert abs(np.nanmean(accuracy[:, 0, 2]) - 1 / 7) < 0.1      # else it says 0: by chance
     assert np.nanmin(accuracy[:, :, 1]) == 1 and found["right"].shape == (4, 7, 7)
-    assert ((found["skill"] == 0).sum((1, 2)) <= torch.arange(1, 5)).all()    # so many examples, or fewer, to copy
+    copies = (found["skill"] == 0).sum((1, 2))
+    assert (copies <= torch.arange(1, 5)).all()                  # at most one for each example
 
 
 def test_skills_are_split_by_zeros(monkeypatch):
-    """Whoever is wrong at y = 0 alone: right where neither is 0, wrong at y = 0, and at x = 0 but for (0, 0)."""
+    """Wrong at y = 0 alone: so right where neither is 0, and at x = 0 except at (0, 0)."""
     monkeypatch.setattr(a, "answers", lambda lab, t: t[:, 2::3] + (t[:, 1::3] == 0).long())
     accuracy = a.measure_skills(planted_lab(examples=5))["accuracy"][..., 1].numpy()
     assert np.nanmin(accuracy[:, 3]) == 1 and np.nanmax(accuracy[:, 2]) == 0
@@ -160,7 +171,7 @@ def test_skills_are_split_by_zeros(monkeypatch):
 
 
 def test_attention_planted_on_the_line():
-    """One head spreads evenly over earlier examples, one looks only at the z of those on the query's line."""
+    """One head looks evenly at earlier examples, one only at the z of those on the query's line."""
     p, k = 7, 8
     tokens = sequences(planted_lab(examples=k))
     weights = torch.zeros(len(tokens), 2, k, 3 * k)
@@ -183,14 +194,16 @@ def test_attention_planted_on_the_line():
 # -------------------------------------------------------------------------------------------------
 
 def circle_and_null(plane, group):
-    return a.against_null(lambda x, y: a.circles(plane, x, y)[None], group, len(plane), ["it"], ["one", "two"])["it"]
+    return a.against_null(lambda x, y: a.circles(plane, x, y)[None], group, len(plane),
+                          ["it"], ["one", "two"])["it"]
 
 
 @pytest.mark.parametrize("group, other", [a.GROUPS, a.GROUPS[::-1]])
 def test_a_planted_circle_is_found_in_its_group_alone(group, other):
     p = 13
     z = torch.polar(torch.ones(p, p, dtype=torch.double), angle(p, group, 3, 0).double())
-    for plane, one, two in ((z, 1, 1), (z + 0.5 * torch.polar(torch.ones(p, p), angle(p, group, 0, 5)), 0.8, 1)):
+    both = z + 0.5 * torch.polar(torch.ones(p, p), angle(p, group, 0, 5))
+    for plane, one, two in ((z, 1, 1), (both, 0.8, 1)):
         found = circle_and_null(plane, group)
         assert (found["one"], found["two"]) == pytest.approx((one, two), abs=1e-6)
         assert found["one p"] < 0.01 and found["one null"] < 0.6
@@ -200,18 +213,21 @@ def test_a_planted_circle_is_found_in_its_group_alone(group, other):
 
 def test_a_line_is_no_circle_and_noise_has_none():
     p = 13
-    for k in (6, 2):                            # frequency 6 of 12 is real; the cosine of any other runs to and fro too
+    for k in (6, 2):  # frequency 6 of 12 is real; the cosine of any other runs to and fro too
         line = angle(p, "multiplicative", k, 0).cos().to(torch.cfloat)
         assert a.circles(line, *a.orders("multiplicative", p, 0)[0])[0] < 1e-6
-    assert circle_and_null(torch.complex(noise(p, p), noise(p, p, seed=1)), "multiplicative")["one p"] > 0.05
+    plane = torch.complex(noise(p, p), noise(p, p, seed=1))
+    assert circle_and_null(plane, "multiplicative")["one p"] > 0.05
 
 
 def test_the_plane_holds_the_planted_variance():
     points = noise(3, 500, 6) * torch.tensor([5.0, 4, 1, 1, 1, 1])
     for plane, around in zip(a.plane_of(points), points - points.mean(1, keepdim=True)):
         assert plane.shape == (500,) and abs(plane.mean()) < 1e-6
-        assert (plane.abs().square().sum() / around.square().sum()).item() == pytest.approx(41 / 45, abs=0.02)
-        assert abs(np.corrcoef(plane.real, around[:, 0])[0, 1]) > 0.95        # the first component is the longer
+        kept = plane.abs().square().sum() / around.square().sum()
+        assert kept.item() == pytest.approx(41 / 45, abs=0.02)
+        longer = around[:, 0]                                    # must be the first component
+        assert abs(np.corrcoef(plane.real, longer)[0, 1]) > 0.95
 
 
 @pytest.mark.parametrize("group", a.GROUPS)
@@ -224,11 +240,12 @@ def test_the_spectrum_of_planted_waves(group):
     power = a.character_power(waves + 5, *order)
     m = len(order[0])
     assert power[0, 2, 3].item() == pytest.approx(0.25, abs=1e-5) == power[0, -2, -3].item()
-    assert power[2, 1, 0].item() == pytest.approx(9 / 4, abs=1e-5) and power[:, 0, 0].abs().max() == 0
-    assert torch.allclose(a.conjugate(power), power, atol=1e-5)               # of real functions
+    assert power[2, 1, 0].item() == pytest.approx(9 / 4, abs=1e-5)
+    assert power[:, 0, 0].abs().max() == 0
+    assert torch.allclose(a.conjugate(power), power, atol=1e-5)  # of real functions
     one, ratio = a.one_frequency(torch.stack((waves, waves)), *order)
-    assert one == 0.75                                                        # all but the sum of three alike
-    assert ratio.item() == pytest.approx(1 / 4, abs=1e-5)                     # the second one alone
+    assert one == 0.75                                           # all but the sum of three alike
+    assert ratio.item() == pytest.approx(1 / 4, abs=1e-5)        # the second one alone
     flipped = a.conjugate(torch.arange(float(m * m)).view(m, m))
     assert all(flipped[k, l] == (-k % m) * m + -l % m for k in range(m) for l in range(m))
 
@@ -237,10 +254,12 @@ def test_similarity_by_ratio_is_found_and_nothing_in_noise():
     p, (x, y) = 11, g.grid(11).T
     line = g.line_of(g.grid(p), p)
     apart = (x[:, None] != x) & (y[:, None] != y) & (x * y > 0) & (x * y > 0)[:, None]
-    planted = torch.stack(((line[:, None] == line).float() * 0.6 + 0.1, noise(p * p, p * p))) * apart
+    by_ratio = (line[:, None] == line).float() * 0.6 + 0.1
+    planted = torch.stack((by_ratio, noise(p * p, p * p))) * apart
     true, other = (a.ratio_gap(planted, *order) for order in a.orders("multiplicative", p, 1))
-    assert true[0].item() == pytest.approx(0.6, abs=1e-5) and abs(other[0]) < 0.2 and true[1].abs() < 0.1
-    equal = (line[:, None] == line) & apart                                   # and by loops, on noise
+    assert true[0].item() == pytest.approx(0.6, abs=1e-5)
+    assert abs(other[0]) < 0.2 and true[1].abs() < 0.1
+    equal = (line[:, None] == line) & apart                      # and by masks, on noise
     expected = planted[1][equal].mean() - planted[1][apart & ~equal].mean()
     assert true[1].item() == pytest.approx(expected.item(), abs=1e-5)
 
@@ -252,11 +271,14 @@ def test_characters_are_kept_and_removed():
     mask[0, 2, 3] = mask[0, -2, -3] = True
     kept = a.keep_characters((one + two + 5)[None], a.powers(p), mask)[0]
     torch.testing.assert_close(kept[1:, 1:], one[1:, 1:] + 5)
-    torch.testing.assert_close(kept[0], (one + two + 5)[0])                   # zeros stay as they are
+    torch.testing.assert_close(kept[0], (one + two + 5)[0])      # zeros stay as they are
 
 
 def test_all_characters_kept_change_nothing_and_few_of_the_wrong_group_break_it():
-    """On a trained model: a few characters by logarithm are enough for block 0's heads, one by residue is not."""
+    """
+    On a trained model: a few characters by logarithm are enough for block 0's heads, one by
+    residue is not.
+    """
     lab = a.open_lab(ROOT / "assets" / "quick.pt", "cpu")
     context = [c[-1] for c in a.contexts(lab, "test_ood", a.CONTEXTS + 1, lab.k - 1)]
     tokens = a.query_grid(*context, lab.p)
@@ -264,20 +286,22 @@ def test_all_characters_kept_change_nothing_and_few_of_the_wrong_group_break_it(
     right = (a.answers(lab, tokens)[:, -1] == tokens[:, -1])[counts].float().mean().item()
     for site, group in itertools.product(("heads 0", "neurons 1"), a.GROUPS):
         assert a.accuracy_with(lab, site, group, 10 ** 6) == pytest.approx(right)
-    assert a.accuracy_with(lab, "heads 0", "multiplicative", 4) > 0.9 > 0.6 > a.accuracy_with(lab, "heads 0", "additive", 1)
+    few = a.accuracy_with(lab, "heads 0", "multiplicative", 4)
+    assert few > 0.9 > 0.6 > a.accuracy_with(lab, "heads 0", "additive", 1)
 
 # -------------------------------------------------------------------------------------------------
 # Interventions: planted models
 # -------------------------------------------------------------------------------------------------
 
 def exact(algorithm, p=7):
-    """A model that does Ratio Matching, or Modular Regression by the last two examples; 0 where it can't."""
+    """A model: Ratio Matching, or Modular Regression by the last two examples; 0 where it can't."""
     def answer(sequence, x, y):
         for u, v, w in sequence if algorithm == "ratio" else []:
             for c in range(p):
                 if (c * u % p, c * v % p) == (x, y):
                     return c * w % p
-        for (u, v, w), (r, s, t) in itertools.combinations(sequence[::-1], 2) if algorithm == "regression" else []:
+        pairs = itertools.combinations(sequence[::-1], 2) if algorithm == "regression" else []
+        for (u, v, w), (r, s, t) in pairs:
             for c, d in itertools.product(range(p), repeat=2):
                 if (u * s - v * r) % p and ((c * u + d * r) % p, (c * v + d * s) % p) == (x, y):
                     return (c * w + d * t) % p
@@ -295,8 +319,10 @@ def exact(algorithm, p=7):
 
 def test_changed_labels_tell_the_two_algorithms_apart(monkeypatch):
     monkeypatch.setattr(a, "SEQUENCES", 30)
-    ratio, regression = (a.measure_labels(planted_lab(exact(name), examples=5)) for name in ("ratio", "regression"))
-    assert [row["on"] for row in ratio.values()] == [1, 1, 1] == [ratio[2]["off"], ratio[4]["off"], regression[2]["two off"]]
+    ratio, regression = (a.measure_labels(planted_lab(exact(name), examples=5))
+                         for name in ("ratio", "regression"))
+    assert [row["on"] for row in ratio.values()] == [1, 1, 1]
+    assert [ratio[2]["off"], ratio[4]["off"], regression[2]["two off"]] == [1, 1, 1]
     assert ratio[2]["two off"] == 0 and regression[4]["off"] < 1 and regression[4]["on"] < 0.9
     assert list(ratio) == [1, 2, 4] and ratio[1]["off"] is None is ratio[4]["two off"]
 
@@ -312,11 +338,11 @@ def one_head_alone():
 
 
 def test_a_planted_head_is_found_by_patching_and_by_ablation():
-    """With its output from another run, the answers are that run's; with any other part's they aren't."""
+    """Its output from another run brings that run's answers; any other part's changes nothing."""
     lab = one_head_alone()
     ours = sequences(lab)
     theirs = ours.clone()
-    theirs[:, 2::3] = (theirs[:, 2::3] + 1) % 7                               # x and y as before
+    theirs[:, 2::3] = (theirs[:, 2::3] + 1) % 7                  # x and y as before
     values = a.record(a.sites(lab.model), lambda: a.answers(lab, theirs))
     before, after = a.answers(lab, ours), a.answers(lab, theirs)
     assert (before != after).float().mean() > 0.1
@@ -330,7 +356,7 @@ def test_a_planted_head_is_found_by_patching_and_by_ablation():
 
 
 def test_the_table_of_patching_shows_the_planted_head(monkeypatch):
-    """Patched, it answers the other task's queries as a run on that task does; all other parts change nothing."""
+    """Patched, it answers another task's queries as that run does. Other parts change nothing."""
     lab = one_head_alone()
     found = a.measure_patching(lab)
     tasks, inputs = a.contexts(lab, "test_ood", a.SEQUENCES, lab.k)
@@ -344,7 +370,7 @@ def test_the_table_of_patching_shows_the_planted_head(monkeypatch):
             assert row[f"patched {name}"] == pytest.approx(right[0] if planted else right[1])
             assert (row[f"held {name}"] != pytest.approx(found["nothing"], abs=1e-6)) == planted
     assert right[0] != pytest.approx(right[1])
-    heads = {"head 0.1": 0.5, "head 1.1": 0.0}                                # what is left without one of these
+    heads = {"head 0.1": 0.5, "head 1.1": 0.0}                   # what is left without it
     monkeypatch.setattr(a, "answers_with", lambda lab, tokens, values, changes: torch.where(
         torch.rand(len(tokens), lab.k, generator=torch.Generator().manual_seed(0))
         < min([heads.get(part, 1) for part, _ in changes], default=1), tokens[:, 2::3], 7))
@@ -360,15 +386,18 @@ def test_all_parts_from_another_run_give_its_answers():
     theirs[:, 2::3] = (theirs[:, 2::3] + 1) % 7
     values = a.record(a.sites(lab.model), lambda: a.answers(lab, theirs))
     patched = a.answers_with(lab, ours, values, [(part, slice(None)) for part in a.parts_of(lab)])
-    assert torch.equal(patched, a.answers(lab, theirs)) and not torch.equal(patched, a.answers(lab, ours))
+    assert torch.equal(patched, a.answers(lab, theirs))
+    assert not torch.equal(patched, a.answers(lab, ours))
 
 
 def test_division_and_lines():
     p = 7
     for x, y in itertools.product(range(p), range(1, p)):
         assert a.divide(torch.tensor([x]), torch.tensor([y]), p).item() * y % p == x
-    line = a.lines(torch.tensor([[1, 2, 0, 0, 0, 0, 3, 6, 0, 2, 3, 0, 0, 4, 0, 2, 4, 0]]), p)[0].tolist()
-    assert line[0] == line[2] == line[5] == 2 and line[1] == -1 and line[4] == 7 and line[3] not in (2, 7)
+    tokens = torch.tensor([[1, 2, 0, 0, 0, 0, 3, 6, 0, 2, 3, 0, 0, 4, 0, 2, 4, 0]])
+    line = a.lines(tokens, p)[0].tolist()
+    assert line[0] == line[2] == line[5] == 2 and line[1] == -1 and line[4] == 7
+    assert line[3] not in (2, 7)
 
 # -------------------------------------------------------------------------------------------------
 # The command line
@@ -398,19 +427,19 @@ def test_everything_for_a_run(tiny_run, tmp_path, quick, capsys):
         assert arrays["shots/test_ood_test, model"].shape == (2, 6)
         assert arrays["progress/step"].tolist() == [2, 4]
         first, second = arrays["progress/plane"]
-        turn = (first.conj() * second).sum()                                  # aligned: no turn is left
+        turn = (first.conj() * second).sum()                     # aligned: no turn is left
         assert turn.real > 0 and abs(turn.imag) < 1e-6 * turn.real
-        assert abs(turn) >= abs((first * second).sum()) - 1e-9                # nor a mirroring
+        assert abs(turn) >= abs((first * second).sum()) - 1e-9   # nor a mirroring
     pictures = {f.name for f in tmp_path.iterdir()} - {"analysis.json", "analysis.npz"}
-    assert pictures == {f"{n}.png" for n in ("skills", "skill_grid", "attention", "pca", "similarity")
-                        } | {"progress.gif"}
+    names = ("skills", "skill_grid", "attention", "pca", "similarity")
+    assert pictures == {f"{n}.png" for n in names} | {"progress.gif"}
     assert (tmp_path / "progress.gif").stat().st_size < 2e6
     with pytest.importorskip("PIL.Image").open(tmp_path / "progress.gif") as film:
         assert film.n_frames >= 2
 
 
 def test_the_shortest_sequences_can_be_analyzed(tmp_path, quick, capsys):
-    """Two examples: one shot, no two examples for Modular Regression, no query with some on its line."""
+    """Two examples: one shot, too few for Modular Regression, no query with some on its line."""
     cfg = config(examples=2, out=str(tmp_path))
     run = g.start(cfg)
     run.history = [{}]
@@ -465,10 +494,11 @@ def sweep(tmp_path):
 
 
 def test_runs_are_compared_on_tasks_that_all_hold_out(sweep, monkeypatch):
-    """A memory of all tasks but the common test tasks reaches nothing there; a Ratio Matcher, all."""
+    """A memory of all but the common test tasks reaches nothing there; a Ratio Matcher, all."""
     runs, asked = a.open_runs([str(sweep)]), []
     sequences = g.eval_sequences
-    monkeypatch.setattr(g, "eval_sequences", lambda *args: [asked.append(args), sequences(*args)][1])
+    monkeypatch.setattr(g, "eval_sequences",
+                        lambda *args: [asked.append(args), sequences(*args)][1])
     monkeypatch.setattr(g, "evaluate", lambda model, tokens: g.oracle_accuracy(tokens, 7)[0])
     found = a.measure_phases(runs)
     assert all(row[name] == pytest.approx(1) for row in found.values() for name in a.SETS)
@@ -476,9 +506,12 @@ def test_runs_are_compared_on_tasks_that_all_hold_out(sweep, monkeypatch):
     known = {tuple(task) for checkpoint, *_ in runs.values() for kind in ("id", "val_ood")
              for task in checkpoint["split"][kind].tolist()}
     tasks = [set(map(tuple, split["test_ood"].tolist())) for split, *_ in asked]
-    assert tasks[0] and tasks[0] == tasks[1] == tasks[2] == set(itertools.product(range(7), repeat=2)) - known
-    monkeypatch.setattr(g, "evaluate", lambda model, tokens: torch.full((2, tokens.size(1) // 3), 1 / 7))
-    assert all(abs(row[name]) < 1e-6 and row["phase"] == "?" for row in a.measure_phases(runs).values() for name in a.SETS)
+    held_out = set(itertools.product(range(7), repeat=2)) - known
+    assert tasks[0] and tasks[0] == tasks[1] == tasks[2] == held_out
+    monkeypatch.setattr(g, "evaluate",
+                        lambda model, tokens: torch.full((2, tokens.size(1) // 3), 1 / 7))
+    assert all(abs(row[name]) < 1e-6 and row["phase"] == "?"
+               for row in a.measure_phases(runs).values() for name in a.SETS)
 
 
 def test_a_sweep_is_shown(sweep, tmp_path, capsys):
@@ -487,7 +520,7 @@ def test_a_sweep_is_shown(sweep, tmp_path, capsys):
     assert all(str(sweep / name) in out for name in ("0.5-8", "0.8-8", "0.8-12"))
     assert len(json.load(open(tmp_path / "analysis.json"))["phases"]) == 3
     assert (tmp_path / "phase_grid.png").exists()
-    shutil.rmtree(sweep / "0.5-8")                                             # alpha does not vary
+    shutil.rmtree(sweep / "0.5-8")                               # alpha does not vary
     assert a.main(["phases", str(sweep), "--out", str(tmp_path)]) is None
     assert (tmp_path / "phases.png").exists()
 
@@ -499,7 +532,8 @@ def test_a_missing_folder_is_named(sweep, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what", [["pca"], ["phases"]])
-def test_a_folder_that_cannot_be_written_is_refused_before_measuring(what, sweep, tiny_run, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
+        what, sweep, tiny_run, monkeypatch, capsys):
     if not Path("/proc/self").exists():
         pytest.skip("needs a folder that even root can't write to")
     monkeypatch.setattr(a, f"measure_{what[0]}", lambda lab: pytest.fail("measured"))
@@ -510,9 +544,11 @@ def test_a_folder_that_cannot_be_written_is_refused_before_measuring(what, sweep
 
 
 @pytest.mark.parametrize("argv, word", [
-    (["nowhere"], "nowhere"), (["RUN", "nonsense"], "nonsense"), (["RUN", "--device", "gpu"], "--device gpu"),
-    (["phases", "nowhere"], "nowhere"), (["phases"], "out: no run"), ([], "RUN"), (["TEXT"], "text.pt"),
-    (["RUN", "--bass", "3"], "--bass"), (["ASSET", "progress"], "snapshots"), (["RUN", "phases"], "phases"), (["RUN", "--out", "TEXT/x"], "text.pt")])
+    (["nowhere"], "nowhere"), (["RUN", "nonsense"], "nonsense"),
+    (["RUN", "--device", "gpu"], "--device gpu"), (["phases", "nowhere"], "nowhere"),
+    (["phases"], "out: no run"), ([], "RUN"), (["TEXT"], "text.pt"),
+    (["RUN", "--bass", "3"], "--bass"), (["ASSET", "progress"], "snapshots"),
+    (["RUN", "phases"], "phases"), (["RUN", "--out", "TEXT/x"], "text.pt")])
 def test_bad_input_is_refused_in_one_line(argv, word, tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "text.pt"
@@ -534,6 +570,7 @@ def test_shipped_checkpoints_are_what_their_results_say(row):
     """results.json has the closing report's figures, novel queries; here on fewer sequences."""
     checkpoint, cfg, model = g.load_checkpoint(ROOT / "assets" / row["file"])
     assert checkpoint["step"] == row["step"] and (cfg.p, cfg.seed) == (row["p"], row["seed"])
-    sets = g.eval_sequences(checkpoint["split"], "test_ood", 1024, cfg.examples, cfg.p, cfg.seed + 2)
+    sets = g.eval_sequences(checkpoint["split"], "test_ood", 1024, cfg.examples, cfg.p,
+                            cfg.seed + 2)
     for name in ("test_ood_train", "test_ood_test"):
         assert g.evaluate(model, sets[name])[1, -1].item() == pytest.approx(row[name], abs=0.05)

@@ -1,6 +1,6 @@
 """
-Tests of grok_icl.py against references that share no code with it: brute force over Z_p, torch's own
-attention, complex arithmetic, planted predictors, scripted curves, and runs that were interrupted.
+Tests of grok_icl.py against references that share no code with it: brute force over Z_p, torch's
+own attention, complex arithmetic, planted predictors, scripted curves, and interrupted runs.
 """
 import csv
 import dataclasses
@@ -59,12 +59,14 @@ def rows(tensor):
 def test_z_is_the_task_applied_to_the_input():
     p, tasks = 7, torch.tensor([(3, 5), (0, 6)])
     inputs = torch.tensor([[(1, 2), (6, 6), (0, 4)], [(2, 2), (5, 1), (3, 0)]])
-    for (a, b), xys, tokens in zip(rows(tasks), inputs.tolist(), g.to_tokens(tasks, inputs, p).tolist()):
+    sequences = g.to_tokens(tasks, inputs, p).tolist()
+    for (a, b), xys, tokens in zip(rows(tasks), inputs.tolist(), sequences):
         assert tokens == [t for x, y in xys for t in (x, y, (a * x + b * y) % p)]
 
 
-@pytest.mark.parametrize("p, n, choice", [(29, 512, "rectangular"), (7, 40, "rectangular"),
-                                          (7, 47, "random"), (3, 1, "random"), (3, 4, "rectangular")])
+@pytest.mark.parametrize("p, n, choice", [
+    (29, 512, "rectangular"), (7, 40, "rectangular"), (7, 47, "random"), (3, 1, "random"),
+    (3, 4, "rectangular")])
 def test_splits_are_disjoint_and_complete(p, n, choice):
     split = g.make_split(tiny(p=p, tasks=n, random_tasks=choice == "random", alpha=0.6))
     everything = set(itertools.product(range(p), repeat=2))
@@ -92,11 +94,13 @@ def test_rectangles_that_do_not_fit_are_refused(p, n):
 
 def test_evaluation_draws_other_sequences_than_training(tmp_path, monkeypatch):
     """Were their seeds the same, the i.d. train set would hold the first training batches."""
-    cfg = tiny(p=29, tasks=16, examples=8, steps=40, eval_every=40, out=str(tmp_path), curriculum=False)
+    cfg = tiny(p=29, tasks=16, examples=8, steps=40, eval_every=40, out=str(tmp_path),
+               curriculum=False)
     seen, evaluated = set(), set()
     batch, evaluate = g.training_batch, g.evaluate
     monkeypatch.setattr(g, "training_batch", lambda *a: [b := batch(*a), seen.update(rows(b))][0])
-    monkeypatch.setattr(g, "evaluate", lambda f, tokens: [evaluated.update(rows(tokens)), evaluate(f, tokens)][1])
+    monkeypatch.setattr(g, "evaluate",
+                        lambda f, tokens: [evaluated.update(rows(tokens)), evaluate(f, tokens)][1])
     trained(cfg)
     assert len(seen) == 640 and len(evaluated) > 2000 and not seen & evaluated
 
@@ -113,7 +117,7 @@ def test_fewer_tasks_are_some_of_the_same(random_tasks):
     assert rows(few["id"]) == rows(many["id"])[:20]
     assert torch.equal(few["train_inputs"], many["train_inputs"])
     shared = set(rows(few["test_ood"])) & set(rows(many["test_ood"]))
-    assert len(shared) > 30                                                  # of 43
+    assert len(shared) > 30                                      # of 43
 
 
 def batch_of(cfg, lines, inputs=None, seed=0):
@@ -133,12 +137,13 @@ def test_batches_are_balanced_and_share_their_inputs_or_not(batch, shared):
     split, sequences = batch_of(cfg, lines=8)
     assert sequences.shape == (batch, 20, 3)
     assert set(rows(sequences[..., :2].flatten(0, 1))) <= set(rows(split["train_inputs"]))
-    fits = [[(a, b) for a, b in rows(split["id"]) if all((a * x + b * y - z) % 7 == 0 for x, y, z in s)]
-            for s in sequences.tolist()]
-    assert all(len(tasks) == 1 for tasks in fits)                            # 20 examples tell which
-    for n in (12, 24, 36):                                                   # no task again before all
+    fits = [[(a, b) for a, b in rows(split["id"])
+             if all((a * x + b * y - z) % 7 == 0 for x, y, z in s)] for s in sequences.tolist()]
+    assert all(len(tasks) == 1 for tasks in fits)                # 20 examples tell which
+    for n in (12, 24, 36):                                       # no task again before all
         assert len({task for tasks in fits[n - 12:n] for task in tasks}) == len(fits[n - 12:n])
-    different = [{tuple(s.flatten().tolist()) for s in sequences[n - 12:n, :, :2]} for n in (12, 24, 36)]
+    different = [{tuple(s.flatten().tolist()) for s in sequences[n - 12:n, :, :2]}
+                 for n in (12, 24, 36)]
     assert sum(map(len, different)) == (math.ceil(batch / 12) if shared else batch)
 
 
@@ -155,7 +160,8 @@ def test_lines_go_through_the_origin():
     assert set(line.values()) == set(range(p + 1))
     for (x, y), (u, v) in itertools.combinations(line, 2):
         if (0, 0) not in ((x, y), (u, v)):
-            assert (line[x, y] == line[u, v]) == any((c * x % p, c * y % p) == (u, v) for c in range(p))
+            multiple = any((c * x % p, c * y % p) == (u, v) for c in range(p))
+            assert (line[x, y] == line[u, v]) == multiple
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -164,12 +170,12 @@ def test_curriculum_keeps_each_sequence_to_few_lines(lines, shared):
     p, some = 7, g.grid(7)[5:40]
     cfg = tiny(p=p, tasks=12, batch=1200, examples=24, shared_inputs=shared)
     _, sequences = batch_of(cfg, lines, some)
-    assert sequences.size(1) == (16 if lines == 5 else 8)                            # few lines, few examples
+    assert sequences.size(1) == (16 if lines == 5 else 8)        # few lines, few examples
     xy = sequences[..., :2]
-    assert set(rows(xy.flatten(0, 1))) == set(rows(some))                    # over sequences, all of them
+    assert set(rows(xy.flatten(0, 1))) == set(rows(some))        # over sequences, all of them
     used = [frozenset(g.line_of(sequence, p).tolist()) for sequence in xy]
     assert max(map(len, used)) == lines
-    if lines == 1:                                                           # a line of their own each
+    if lines == 1:                                               # a line of their own each
         assert (len(set(used[:12])) == 1) == shared
 
 
@@ -177,9 +183,9 @@ def paced(share, looks, lines=1, p=5):
     """The number of lines after each look at batches of which that share is answered right."""
     cfg, run, seen = tiny(p=p), SimpleNamespace(lines=lines), []
     tokens = torch.zeros(100, 6, dtype=torch.long)
-    tokens[:, 0::3], tokens[:, 2::3] = 1, 3                                  # 1 0 3 1 0 3: a copy
+    tokens[:, 0::3], tokens[:, 2::3] = 1, 3                      # 1 0 3 1 0 3: a copy
     answers = torch.full((100, 2), 3)
-    answers[:, 0] = 0                                                        # which it couldn't know
+    answers[:, 0] = 0                                            # which it couldn't know
     answers[round(100 * share):, 1] = 0
     for _ in range(looks):
         g.pace(run, cfg, F.one_hot(answers, p).float(), tokens)
@@ -188,8 +194,8 @@ def paced(share, looks, lines=1, p=5):
 
 
 def test_the_curriculum_paces_itself():
-    assert paced(1.0, 5) == [2, 4, 6, 6, 6]                                  # ends with all p + 1 lines
-    assert paced(0.89, 5) == [1] * 5                                         # never mastered
+    assert paced(1.0, 5) == [2, 4, 6, 6, 6]                      # ends with all p + 1 lines
+    assert paced(0.89, 5) == [1] * 5                             # never mastered
     assert paced(0.92, 5) == [2, 4, 6, 6, 6]
 
 
@@ -200,8 +206,8 @@ def test_the_loss_is_of_z_and_on_demand_of_y():
 
     def nats(first):
         at = range(first, 15, 3)
-        return sum(F.nll_loss(model(batch[:, :t], everywhere=True)[:, -1].log_softmax(-1), batch[:, t])
-                   for t in at) / len(at)
+        return sum(F.nll_loss(model(batch[:, :t], everywhere=True)[:, -1].log_softmax(-1),
+                              batch[:, t]) for t in at) / len(at)
     loss, logits = g.training_loss(model, batch, score_y=False)
     torch.testing.assert_close(loss, nats(2))
     both, same = g.training_loss(model, batch, score_y=True)
@@ -209,7 +215,8 @@ def test_the_loss_is_of_z_and_on_demand_of_y():
     torch.testing.assert_close(logits, same)
 
 
-@pytest.mark.parametrize("score_y, asked", [(True, [True, True, False, False]), (False, [False] * 4)])
+@pytest.mark.parametrize("score_y, asked", [(True, [True, True, False, False]),
+                                            (False, [False] * 4)])
 def test_y_is_scored_on_one_line_alone(tmp_path, monkeypatch, score_y, asked):
     seen, loss = [], g.training_loss
     monkeypatch.setattr(g, "training_loss", lambda m, b, y: [seen.append(y), loss(m, b, y)][1])
@@ -254,7 +261,7 @@ def test_rotary_scores_depend_on_distance_alone():
     for distance in range(-39, 40):
         line = scores.diagonal(distance)
         torch.testing.assert_close(line, line[:1].expand_as(line), atol=1e-4, rtol=0)
-    assert scores[0].std() > 0.1                                              # and depend on it they do
+    assert scores[0].std() > 0.1                                 # and depend on it they do
 
 
 @pytest.mark.parametrize("at", [slice(None), slice(1, None, 3)])
@@ -280,7 +287,7 @@ def test_no_prediction_sees_its_answer_or_anything_later():
         changed = tokens.clone()
         changed[:, position] = (changed[:, position] + 1) % 7
         after = model(changed)
-        for shot in range(before.size(1)):                       # predicted from positions 0 .. 3 shot + 1
+        for shot in range(before.size(1)):               # predicted from positions 0 .. 3 shot + 1
             same = torch.equal(after[:, shot], before[:, shot])
             assert same == (position > 3 * shot + 1)
 
@@ -334,7 +341,7 @@ def test_initial_weights():
 @pytest.mark.parametrize("p", [3, 5])
 def test_oracles_against_enumeration_of_all_tasks(p):
     tokens = random_tokens(p, 4, 200, seed=1)
-    tokens[0, :6] = torch.tensor([0, 0, 0, 0, 0, 0])             # the origin as example and as query
+    tokens[0, :6] = torch.tensor([0, 0, 0, 0, 0, 0])             # the origin: example and query
     ratio, regression = g.solvable(tokens, p)
     for b, sequence in enumerate(tokens.unflatten(1, (-1, 3)).tolist()):
         for t, (x, y, _) in enumerate(sequence):
@@ -349,7 +356,8 @@ def test_oracles_against_enumeration_of_all_tasks(p):
 
 def test_novel_queries_against_a_loop():
     tokens = random_tokens(3, 6, 50)
-    for row, sequence in zip(g.novel_queries(tokens).tolist(), tokens.unflatten(1, (-1, 3)).tolist()):
+    sequences = tokens.unflatten(1, (-1, 3)).tolist()
+    for row, sequence in zip(g.novel_queries(tokens).tolist(), sequences):
         xy = [(x, y) for x, y, _ in sequence]
         assert row == [q not in xy[:t] for t, q in enumerate(xy)]
 
@@ -376,17 +384,18 @@ def test_a_ratio_matcher_scores_what_its_oracle_says():
                 if (c * u % p, c * v % p) == (x, y):
                     return c * w % p
         return (z + 1) % p
-    answers = torch.tensor([[answer(s, t) for t in range(6)] for s in tokens.unflatten(1, (-1, 3)).tolist()])
+    answers = torch.tensor([[answer(s, t) for t in range(6)]
+                            for s in tokens.unflatten(1, (-1, 3)).tolist()])
     batches = iter(answers.split(256))
     score = g.evaluate(lambda seen: one_hot(next(batches), p), tokens)
     oracle = g.oracle_accuracy(tokens, p)[0]
-    torch.testing.assert_close(oracle, score + (1 - score) / p)  # the oracle guesses where it can't know
+    torch.testing.assert_close(oracle, score + (1 - score) / p)  # it guesses what it can't know
     assert 0.2 < score[1, -1] < score[0, -1] < 1                 # copying is easier than matching
 
 
 def test_correct_answers_are_counted_in_integers():
     hits = torch.ones(70_000, 2, dtype=torch.bool)
-    hits[0] = False                                              # bfloat16 or float16 would lose this one
+    hits[0] = False                                              # lost in bfloat16 or float16
     tokens = torch.zeros(70_000, 6, dtype=torch.long)
     tokens[:, 3] = 1
     assert g.accuracy(hits, tokens).tolist() == [[69_999 / 70_000] * 2] * 2
@@ -398,12 +407,12 @@ def test_no_novel_query_is_nan():
     assert score[0].tolist() == [1, 1] and score[1, 0] == 1 and math.isnan(score[1, 1])
 
 
-@pytest.mark.parametrize("good, name", [("1000", "in-distribution memorization"),
-                                        ("1100", "in-distribution generalization"),
-                                        ("1010", "o.o.d. memorization"), ("1111", "o.o.d. generalization"),
-                                        ("1110", "none of the paper's")])
+@pytest.mark.parametrize("good, name", [
+    ("1000", "in-distribution memorization"), ("1100", "in-distribution generalization"),
+    ("1010", "o.o.d. memorization"), ("1111", "o.o.d. generalization"),
+    ("1110", "none of the paper's")])
 def test_phases_follow_the_papers_table(good, name):
-    """Halfway from chance, 0.2, to a Ratio Matcher's 0.6 or 0.8 is 0.4 or 0.5; nan is never good."""
+    """Halfway from chance 0.2 to a Ratio Matcher's 0.6 or 0.8 is 0.4 or 0.5. nan is never good."""
     ratio = [0.6, 0.8, 0.6, 0.8]
     for above, below in ((0.01, 0.01), (0.3, math.nan)):
         model = [(0.2 + r) / 2 + (above if c == "1" else -below) for c, r in zip(good, ratio)]
@@ -447,16 +456,17 @@ def stop_at(curve, patience=3, chance=0.1):
 
 def test_early_stopping_on_scripted_curves():
     plateau = [0.12, 0.1, 0.11] * 20
-    assert stop_at(plateau + [0.5, 0.8, 0.9]) == (62, None)                  # the plateau ends no run
-    assert stop_at(plateau + [0.5, 0.9, 0.8, 0.7, 0.6, 0.5]) == (61, 65)     # transience: 3 worse ones
-    assert stop_at(plateau + [0.5, 0.9, 0.8, 0.7, 0.91]) == (64, None)       # a new best starts afresh
-    assert stop_at(plateau) == (59, None)                                    # never rises: keeps the newest
-    assert stop_at(plateau + [0.9] + [0.5] * 50, patience=0) == (60, None)   # 0: never stops
+    # the plateau ends no run; three worse ones do (transience), unless a new best starts afresh
+    assert stop_at(plateau + [0.5, 0.8, 0.9]) == (62, None)
+    assert stop_at(plateau + [0.5, 0.9, 0.8, 0.7, 0.6, 0.5]) == (61, 65)
+    assert stop_at(plateau + [0.5, 0.9, 0.8, 0.7, 0.91]) == (64, None)
+    assert stop_at(plateau) == (59, None)                                   # no rise: the newest
+    assert stop_at(plateau + [0.9] + [0.5] * 50, patience=0) == (60, None)  # 0: never stops
 
 
 def run(argv, program=[str(ROOT / "grok_icl.py")], **kwargs):
-    return subprocess.run([sys.executable, *program, *argv], capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100, **kwargs)
+    return subprocess.run([sys.executable, *program, *argv], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100, **kwargs)
 
 
 def trained(cfg):
@@ -482,15 +492,16 @@ def interrupted(cfg, step, monkeypatch):
         return g.train(run, cfg, signals)
 
 
-@pytest.mark.parametrize("changes", [dict(optimizer="adamw"), dict(amp="bf16"), dict(shared_inputs=True, curriculum=False)])
+@pytest.mark.parametrize("changes", [
+    dict(optimizer="adamw"), dict(amp="bf16"), dict(shared_inputs=True, curriculum=False)])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(g, "MASTERED", 0.1)                      # so that the number of lines changes too
+    monkeypatch.setattr(g, "MASTERED", 0.1)                      # so that lines are added too
     monkeypatch.setattr(g, "PACE_EVERY", 3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained(tiny(**changes, out=str(whole)))
 
     assert interrupted(tiny(**changes, out=str(parts)), 6, monkeypatch) == 130
-    for step in (6, 7, 8):                                       # then in pieces of a step, at 8 an evaluation
+    for step in (6, 7, 8):                                       # step by step; at 8 it evaluates
         assert torch.load(parts / "last.pt", weights_only=True)["step"] == step
         cfg, checkpoint = g.parse_config(["--resume", "--out", str(parts), "--max-minutes", "1e-9"])
         assert g.train(g.start(cfg, checkpoint), cfg) == 0
@@ -508,23 +519,25 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_float16_skips_steps_that_overflow_and_goes_on(tmp_path, monkeypatch, optimizer):
-    """Also when stopped, and resumed, before the loss scale has come down and any step was taken. On a CPU."""
+    """Also when stopped and resumed before the loss scale is low enough for any step. On a CPU."""
     real = g.mixed_precision
     def too_large(cfg, device):
         autocast, scaler = real(cfg, device)
         scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0 ** 22})
         return autocast, scaler
     monkeypatch.setattr(g, "mixed_precision", too_large)
-    whole, parts = (tiny(optimizer=optimizer, amp="fp16", out=str(tmp_path / name)) for name in ("whole", "parts"))
+    whole, parts = (tiny(optimizer=optimizer, amp="fp16", out=str(tmp_path / name))
+                    for name in ("whole", "parts"))
     assert trained(whole) is None and interrupted(parts, 2, monkeypatch) == 130
     a, b = (g.load_checkpoint(f"{cfg.out}/last.pt")[0] for cfg in (whole, parts))
     fresh = g.start(whole).model.state_dict()
-    assert all(torch.equal(b["model"][name], w) for name, w in fresh.items())          # both steps were skipped
+    assert all(torch.equal(b["model"][name], w) for name, w in fresh.items())   # both skipped
     assert not any(torch.equal(a["model"][name], w) for name, w in fresh.items() if w.ndim == 2)
     assert a["scaler"]["scale"] < b["scaler"]["scale"] == 2.0 ** 20
     assert g.train(g.start(parts, b), parts) is None
     b = g.load_checkpoint(f"{parts.out}/last.pt")[0]
-    assert a["history"] == b["history"] and all(torch.equal(a["model"][name], w) for name, w in b["model"].items())
+    assert a["history"] == b["history"]
+    assert all(torch.equal(a["model"][name], w) for name, w in b["model"].items())
 
 
 def test_training_keeps_what_it_promises(tmp_path):
@@ -547,11 +560,13 @@ def test_training_keeps_what_it_promises(tmp_path):
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
     os.replace(out / "best.pt", tmp_path / "best.pt")            # the report will need it
     lost = run(["--resume", "--out", str(out)])
-    assert lost.returncode == 2 and "best.pt" in lost.stderr and lost.stdout == ""     # before any work
+    assert lost.returncode == 2 and "best.pt" in lost.stderr
+    assert lost.stdout == ""                                     # before any work
     os.replace(tmp_path / "best.pt", out / "best.pt")
     same = run(["--resume", "--out", str(out)])                  # a finished run reports once more
     assert same.returncode == 0
-    assert same.stdout[same.stdout.index("Best step"):] == done.stdout[done.stdout.index("Best step"):]
+    assert (same.stdout[same.stdout.index("Best step"):]
+            == done.stdout[done.stdout.index("Best step"):])
 
 
 def one_error(stderr):
@@ -578,7 +593,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
         for name in ("last.pt", "best.pt"):
             if (tmp_path / name).exists():
                 checkpoint = torch.load(tmp_path / name, weights_only=True)
-                assert checkpoint["step"] < when and checkpoint["model"]["norm.weight"].isfinite().all()
+                assert checkpoint["step"] < when
+                assert checkpoint["model"]["norm.weight"].isfinite().all()
 
 
 def test_the_report_is_of_the_weights_in_best_pt(tmp_path, monkeypatch, capsys):
@@ -597,8 +613,9 @@ def test_the_report_is_of_the_weights_in_best_pt(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS, "--steps", "100000",
-                                "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    argv = [*TINY_FLAGS, "--steps", "100000", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     deadline = time.time() + 60
     while not (out / "metrics.csv").exists() and time.time() < deadline:
         time.sleep(0.1)
@@ -620,21 +637,23 @@ def test_two_processes_follow_one(tmp_path, monkeypatch, resumed):
     """Under torchrun, from the start and from the middle of a run that one process began."""
     one, two = tmp_path / "one", tmp_path / "two"
     trained(tiny(optimizer="adamw", out=str(one)))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "grok_icl.py")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                str(ROOT / "grok_icl.py")]
     argv = [*TINY_FLAGS, "--optimizer", "adamw", "--out", str(two)]
     if resumed:
         interrupted(tiny(optimizer="adamw", out=str(two)), 5, monkeypatch)
         argv = ["--resume", "--out", str(two)]
         piece = run([*argv, "--max-minutes", "1e-9"], program=torchrun)
         assert piece.returncode == 0 and piece.stdout.count("To go on") == 1, piece.stderr
-        assert torch.load(two / "last.pt", weights_only=True)["step"] == 6      # both left after one more step
+        assert torch.load(two / "last.pt", weights_only=True)["step"] == 6  # both took one more
         argv += ["--max-minutes", "0"]
     done = run(argv, program=torchrun)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Phase:") == 1                      # only rank 0 prints
     rows = [list(csv.DictReader(open(folder / "metrics.csv"))) for folder in (one, two)]
     assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == ["4", "8", "12"]
-    assert [float(r["loss"]) for r in rows[0]] == pytest.approx([float(r["loss"]) for r in rows[1]], rel=1e-5)
+    losses = [[float(r["loss"]) for r in metrics] for metrics in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     weights = [torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (one, two)]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
     assert sorted(f.name for f in two.iterdir()) == ["best.pt", "last.pt", "metrics.csv"]
@@ -684,7 +703,7 @@ WORDS = ["optimizer", "device", "amp", "compile", "preset"]
     *((flag, value) for flag in NUMBERS for value in ("", "seven", "½", "-1", "nan", "9" * 400)),
     *((flag, value) for flag in WORDS for value in ("", "½", "-1"))])
 def test_every_flag_refuses_what_it_cannot_be(flag, value, tmp_path, monkeypatch, capsys):
-    """Wrong type, empty, unicode, negative, huge: one line that names flag and value, and nothing is written."""
+    """Wrong type, empty, unicode, negative, huge: one line with flag and value; nothing written."""
     monkeypatch.chdir(tmp_path)
     flag = "--" + flag.replace("_", "-")
     assert g.main([f"{flag}={value}"]) == 2
@@ -705,7 +724,7 @@ class Exploit:
 
 
 def put(*path, value):
-    """A change to a checkpoint: the entry at the path becomes value, or goes where value is None."""
+    """A change to a checkpoint: the entry at the path becomes value, or goes if value is None."""
     def change(checkpoint):
         *parents, last = path
         for key in parents:
@@ -718,7 +737,8 @@ def put(*path, value):
 
 
 MUTATIONS = {
-    "another version": put("config", "dropout", value=0.1), "other width": put("config", "embd", value=32),
+    "another version": put("config", "dropout", value=0.1),
+    "other width": put("config", "embd", value=32),
     "no weight": put("model", "norm.weight", value=None), "no split": put("split", value=None),
     "weight of another shape": put("model", "norm.weight", value=torch.ones(8)),
     "weights that are no numbers": put("model", "norm.weight", value=torch.full((16,), math.nan)),
@@ -748,7 +768,8 @@ def test_bad_checkpoints_are_refused(kind, half_a_run, tmp_path, monkeypatch, ca
     elif kind == "foreign":
         torch.save({"model": {}, "epoch": 3}, "last.pt")
     else:
-        Path("last.pt").write_bytes({"empty": b"", "text": b"not a checkpoint", "truncated": last[:2000]}[kind])
+        contents = {"empty": b"", "text": b"not a checkpoint", "truncated": last[:2000]}
+        Path("last.pt").write_bytes(contents[kind])
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
     assert g.main(["--resume", "--out", "."]) == 2
     err = capsys.readouterr().err
@@ -785,4 +806,5 @@ def test_resume_refuses_a_preset_that_differs(half_a_run, tmp_path, capsys):
 def test_metrics_alone_are_not_overwritten(tmp_path, capsys):
     (tmp_path / "metrics.csv").write_text("mine")
     assert g.main([*TINY_FLAGS, "--out", str(tmp_path)]) == 2
-    assert "holds a run" in capsys.readouterr().err and (tmp_path / "metrics.csv").read_text() == "mine"
+    assert "holds a run" in capsys.readouterr().err
+    assert (tmp_path / "metrics.csv").read_text() == "mine"
