@@ -58,6 +58,7 @@ class Config:
     # how it is trained
     curriculum: bool = option(True, False, "few lines through the origin first; see pace()")
     score_y: bool = option(True, False, "while the curriculum has one line, learn y as well")
+    axes: bool = option(False, False, "every other sequence begins with an example on each axis")
     shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
     optimizer: str = option("muon", "adamw", "updates the blocks' matrices", ["muon", "adamw"])
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
@@ -102,7 +103,7 @@ LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this 
 
 
 def rank_and_world():
-    """(this process's number, how many there are): more than one under torchrun."""
+    """(This process's number, how many there are), from torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # -------------------------------------------------------------------------------------------------
@@ -184,7 +185,8 @@ def training_batch(split, line, cfg, lines, generator):
     curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line
     any example but (0, 0) answers any query by Ratio Matching: the model learns to divide. With
     more it must also find the example to divide by. Few lines need few examples, which saves
-    time: k is 8 up to two lines, 16 until all are allowed, then cfg.examples.
+    time: k is 8 up to two lines, 16 until all are allowed, then cfg.examples. And with cfg.axes
+    every other sequence begins with (x, 0) and (0, y): the easiest pair for Modular Regression.
     """
     tasks, inputs = split["id"], split["train_inputs"]
     k = cfg.examples if lines > cfg.p else min(cfg.examples, 8 if lines <= 2 else 16)
@@ -197,6 +199,10 @@ def training_batch(split, line, cfg, lines, generator):
         kept = torch.randint(len(line), (n, lines), generator=generator, device=line.device)
         allowed = torch.zeros_like(allowed).scatter_(1, line[kept], 1)
     chosen = torch.multinomial(allowed[:, line], k, replacement=True, generator=generator)  # (n, k)
+    if cfg.axes and lines > cfg.p:
+        for i, axis in enumerate((0, cfg.p)):                # y/x = 0; x = 0
+            weights = (line == axis) + 1e-9                  # if none is trained on: any
+            chosen[::2, i] = torch.multinomial(weights, len(chosen[::2]), True, generator=generator)
     if cfg.shared_inputs:
         chosen = chosen.repeat_interleave(len(tasks), 0)[:cfg.batch]
     return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
@@ -204,10 +210,9 @@ def training_batch(split, line, cfg, lines, generator):
 
 def eval_sequences(split, ood, n, k, p, seed):
     """
-    The four sets of the paper as token sequences: {name: (n, 3k)}, the same for the same seed.
+    The four sets of the paper as token sequences, {name: (n, 3k)}; ood: "val_ood" or "test_ood".
 
-    ood is "val_ood" or "test_ood". Sequences have inputs of their own, and test sequences test
-    inputs alone, their examples included.
+    Sequences have inputs of their own, and test sequences test inputs alone, in examples too.
     """
     sets, generator = {}, torch.Generator().manual_seed(seed)
     for kind in ("id", ood):
@@ -304,9 +309,8 @@ class GPT(nn.Module):
         """
         Logits of each z from the tokens before it: tokens (B, T) -> (B, k, p).
 
-        A z is predicted at the y before it, positions 1, 4, 7, ... No other output is scored, so
-        to save time the last block asks at those alone; its keys and values come from everywhere.
-        everywhere=True computes all positions, (B, T, p).
+        A z is predicted at the y before it, positions 1, 4, 7, ... To save time the last block asks
+        there alone; its keys and values come from everywhere. everywhere=True: logits (B, T, p).
         """
         x = self.embedding(tokens)                                                   # (B, T, C)
         *others, last = self.blocks
@@ -409,10 +413,9 @@ def lr_factor(step, warmup, steps):
 
 def pace(run, cfg, logits, batch):
     """
-    The curriculum (not in the paper): twice as many lines once the present ones are mastered.
-
-    That is, once the logits (B, k, p) get more than MASTERED of those z in a batch (B, 3k) right
-    that Ratio Matching can answer. It ends with all p + 1 lines.
+    The curriculum (not in the paper): twice as many lines once the present ones are mastered, that
+    is, once the logits (B, k, p) get more than MASTERED of the z in a batch (B, 3k) right that
+    Ratio Matching can answer. It ends with all p + 1 lines.
     """
     can, _ = solvable(batch, cfg.p)
     right = can & (logits.argmax(-1) == batch[:, 2::3])
@@ -441,8 +444,8 @@ def early_stopping(history, patience, chance):
     """
     From the evaluations so far: (index of the one to keep, whether to stop now).
 
-    Watches last-shot accuracy on validation o.o.d. tasks and test inputs. Grokking comes after a
-    plateau: until the best is clearly above chance the newest is kept and nothing stops.
+    Watches last-shot accuracy on validation o.o.d. tasks and test inputs. Until the best is clearly
+    above chance (grokking comes after a plateau) the newest is kept and nothing stops.
     """
     curve = [row["val_ood_test"] for row in history]
     if not curve or max(curve) < chance + LEFT_CHANCE:
@@ -651,11 +654,7 @@ def flag(name):
 
 
 def parse_config(argv=None):
-    """
-    The command line as a valid Config: (config, checkpoint to resume or None).
-
-    A flag overrides a preset, and that a default. Raises ValueError on what can't be run.
-    """
+    """(config, checkpoint to resume or None) of the command line; ValueError if it can't run."""
     def refuse(message):
         raise ValueError(message)
     parser = argparse.ArgumentParser(
