@@ -80,9 +80,10 @@ def record(modules, run):
 
 
 @torch.no_grad()
-def answers(lab, tokens):
+def answers(lab, tokens, everywhere=True):
     """The z that the model predicts at each query of tokens (B, 3k): (B, k)."""
-    return lab.model(tokens.to(lab.device), everywhere=True)[:, 1::3].argmax(-1).cpu()
+    logits = lab.model(tokens.to(lab.device), everywhere)                # for hooks, all positions
+    return (logits[:, 1::3] if everywhere else logits).argmax(-1).cpu()
 
 
 def query_grid(task, inputs, p):
@@ -206,7 +207,8 @@ def measure_skills(lab):
     found = {"accuracy": [], "right": [], "skill": []}
     for s in shots:
         tokens = torch.stack([query_grid(*c, p) for c in zip(tasks, inputs[:, :s])])
-        said = torch.stack([answers(lab, t)[:, -1] for t in tokens])                 # (n, p*p)
+        said = torch.cat([answers(lab, t, everywhere=False)[:, -1]
+                          for t in tokens.flatten(0, 1).split(g.CHUNK)]).view(tokens.shape[:2])
         skill = torch.stack([skill_of(t, p)[:, -1] for t in tokens])                 # (n, p*p)
         asked = torch.einsum("kq,nqs->nqks", kinds, F.one_hot(skill, 4).double())
         right = said == tokens[..., -1]

@@ -164,7 +164,7 @@ def test_skills_of_a_ratio_matcher():
 
 def test_skills_are_split_by_zeros(monkeypatch):
     """Wrong at y = 0 alone: so right where neither is 0, and at x = 0 except at (0, 0)."""
-    monkeypatch.setattr(a, "answers", lambda lab, t: t[:, 2::3] + (t[:, 1::3] == 0).long())
+    monkeypatch.setattr(a, "answers", lambda lab, t, everywhere: t[:, 2::3] + (t[:, 1::3] == 0))
     accuracy = a.measure_skills(planted_lab(examples=5))["accuracy"][..., 1].numpy()
     assert np.nanmin(accuracy[:, 3]) == 1 and np.nanmax(accuracy[:, 2]) == 0
     assert 0.7 < np.nanmean(accuracy[:, 1]) < 1 and 0.7 < np.nanmean(accuracy[:, 0]) < 1
