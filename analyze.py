@@ -558,7 +558,8 @@ def measure_labels(lab):
     """{shots: how often the answer moves as an algorithm says if one z is changed by delta}."""
     # Ratio Matching: "on", the one example on the query's line is changed: it moves by c delta, c =
     # query / example; "off", another is: it stays. Modular Regression: "two off", one of two
-    # examples off the line is changed: it moves by c_i delta. Chance is 1/p, but for "off".
+    # examples off the line is changed: it moves by c_i delta; "two axes", of (u, 0) and (0, s).
+    # Chance is 1/p, but for "off".
     p, generator, found = lab.p, torch.Generator().manual_seed(SEED), {}
 
     def moves(tokens, which, c):
@@ -575,19 +576,20 @@ def measure_labels(lab):
         c = torch.where(u > 0, divide(x, u, p), divide(y, v, p))
         found[shots] = {"on": moves(tokens, on.argmax(1), c),
                         "off": moves(tokens, on.argmin(1), 0) if shots > 1 else None,
-                        "two off": None}
-    if lab.k > 2:
-        tokens = pick(lab, 2, 0)
+                        "two off": None, "two axes": None}
+    tasks, inputs = contexts(lab, "test_ood", 2 * SEQUENCES, 3)
+    inputs = (inputs % (p - 1) + 1) * torch.tensor([[1, 0], [0, 1], [1, 1]])   # (u, 0), (0, s), any
+    pairs = {"two off": pick(lab, 2, 0), "two axes": g.to_tokens(tasks, inputs, p)}
+    for name, tokens in pairs.items() if lab.k > 2 else ():
         u, v, _, r, s, _, x, y, _ = tokens.T
         c = divide((x * s - y * r) % p, (u * s - v * r) % p, p)                      # Cramer's rule
-        tokens, c = tokens[c < p], c[c < p]                                          # independent
-        found[2]["two off"] = moves(tokens, 0 * c, c)
+        found[2][name] = moves(tokens[c < p], 0 * c[c < p], c[c < p])                # independent
     return found
 
 
 def show_labels(lab, found):
     table("One example's z changed: how often, in %, the answer moves as an algorithm says", found,
-          "by shots; on the query's line, or off it: as Ratio Matching says; two off: as Modular "
+          "by shots; on the query's line, or off it: as Ratio Matching says; two: as Modular "
           f"Regression; chance {100 / lab.p:.1f}")
 
 # -------------------------------------------------------------------------------------------------
