@@ -55,13 +55,13 @@ def contexts(lab, kind, n, examples):
 
 
 def sites(model):
-    """Name -> the module whose input it is: heads' outputs (B, T, H*D), and MLP neurons."""
+    """{site: the module that reads it}; sites are heads' outputs (B, T, H*D) and MLP neurons."""
     return {f"{name} {i}": module for i, block in enumerate(model.blocks)
             for name, module in (("heads", block.attention.out), ("neurons", block.mlp.down))}
 
 
 def run_with(changes, run):
-    """run(), with the input x of each module in {module: function} replaced by function(x)."""
+    """run(), each module's input x replaced by f(x) of {module: f}, or kept if f returns None."""
     handles = [module.register_forward_pre_hook(lambda _, args, f=f: f(args[0]))
                for module, f in changes.items()]
     try:
@@ -81,8 +81,8 @@ def record(modules, run):
 
 @torch.no_grad()
 def answers(lab, tokens, everywhere=True):
-    """The z that the model predicts at each query of tokens (B, 3k): (B, k)."""
-    logits = lab.model(tokens.to(lab.device), everywhere)                # for hooks, all positions
+    """The z predicted at each query of tokens (B, 3k): (B, k). everywhere: hooks see all tokens."""
+    logits = lab.model(tokens.to(lab.device), everywhere)
     return (logits[:, 1::3] if everywhere else logits).argmax(-1).cpu()
 
 
@@ -270,7 +270,7 @@ def attention_to_line(weights, tokens, p):
 
 
 def measure_attention(lab):
-    """Of each head: "line", attention_to_line; "maps" (L, H, 15, 15), mean of five examples."""
+    """Of each head: "line", attention_to_line; "maps" (L, H, 15, 15) of the first 15 tokens."""
     tokens = g.to_tokens(*contexts(lab, "test_ood", SEQUENCES, lab.k), lab.p)
     scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
                     lambda: answers(lab, tokens)).values()                           # (B, H, T, T)
@@ -558,8 +558,7 @@ def measure_labels(lab):
     """{shots: how often the answer moves as an algorithm says if one z is changed by delta}."""
     # Ratio Matching: "on", the one example on the query's line is changed: it moves by c delta, c =
     # query / example; "off", another is: it stays. Modular Regression: "two off", one of two
-    # examples off the line is changed: it moves by c_i delta; "two axes", of (u, 0) and (0, s).
-    # Chance is 1/p, but for "off".
+    # examples off the line is changed: it moves by c_i delta. Chance is 1/p, but for "off".
     p, generator, found = lab.p, torch.Generator().manual_seed(SEED), {}
 
     def moves(tokens, which, c):
@@ -576,20 +575,19 @@ def measure_labels(lab):
         c = torch.where(u > 0, divide(x, u, p), divide(y, v, p))
         found[shots] = {"on": moves(tokens, on.argmax(1), c),
                         "off": moves(tokens, on.argmin(1), 0) if shots > 1 else None,
-                        "two off": None, "two axes": None}
-    tasks, inputs = contexts(lab, "test_ood", 2 * SEQUENCES, 3)
-    inputs = (inputs % (p - 1) + 1) * torch.tensor([[1, 0], [0, 1], [1, 1]])   # (u, 0), (0, s), any
-    pairs = {"two off": pick(lab, 2, 0), "two axes": g.to_tokens(tasks, inputs, p)}
-    for name, tokens in pairs.items() if lab.k > 2 else ():
+                        "two off": None}
+    if lab.k > 2:
+        tokens = pick(lab, 2, 0)
         u, v, _, r, s, _, x, y, _ = tokens.T
         c = divide((x * s - y * r) % p, (u * s - v * r) % p, p)                      # Cramer's rule
-        found[2][name] = moves(tokens[c < p], 0 * c[c < p], c[c < p])                # independent
+        tokens, c = tokens[c < p], c[c < p]                                          # independent
+        found[2]["two off"] = moves(tokens, 0 * c, c)
     return found
 
 
 def show_labels(lab, found):
     table("One example's z changed: how often, in %, the answer moves as an algorithm says", found,
-          "by shots; on the query's line, or off it: as Ratio Matching says; two: as Modular "
+          "by shots; on the query's line, or off it: as Ratio Matching says; two off: as Modular "
           f"Regression; chance {100 / lab.p:.1f}")
 
 # -------------------------------------------------------------------------------------------------
@@ -699,11 +697,12 @@ def draw_phases(plt, runs, found):
                    ylim=(-0.5, len(alpha) - 0.5), yticks=range(len(alpha)), yticklabels=alpha)
         return {"phase_grid.png": fig}
     fig, ax = plt.subplots(figsize=(5, 3.2))
-    n, at = np.unique(tasks, return_inverse=True)
+    n, group = np.unique(tasks, return_inverse=True)
     for name, colour, style in zip(SETS, ("C7", "C7", "C0", "C0"), ("o-", "v:", "o-", "v:")):
         share = np.array([100 * row[name] for row in found.values()])
         ax.plot(tasks, share, style[0], color=colour, ms=3)
-        ax.plot(n, np.bincount(at, share / np.bincount(at)[at]), style, c=colour, label=name)
+        mean = np.bincount(group, share) / np.bincount(group)
+        ax.plot(n, mean, style, color=colour, label=name)
     ax.set(xlabel="pre-training tasks", ylabel="share of the possible (%)")
     ax.legend()
     return {"phases.png": fig}
@@ -717,7 +716,7 @@ def open_lab(path, device):
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     device = g.pick_device(device)
     checkpoint, cfg, model = g.load_checkpoint(file, device)
-    snapshots = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "step*.pt")),
+    snapshots = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "step[0-9]*.pt")),
                        key=lambda name: (len(name), name))
     return SimpleNamespace(
         model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, snapshots=snapshots,
@@ -730,7 +729,7 @@ def open_runs(folders):
     """{folder: (checkpoint, config, model)} of the runs under the folders."""
     runs = {}
     for folder in folders or ["out"]:
-        files = sorted(glob.glob(os.path.join(folder, "**", "best.pt"), recursive=True))
+        files = sorted(glob.glob(os.path.join(glob.escape(folder), "**/best.pt"), recursive=True))
         if not files:
             raise ValueError(f"{folder}: no run (a folder with best.pt) there")
         runs |= {os.path.dirname(file): g.load_checkpoint(file) for file in files}
@@ -755,7 +754,7 @@ def main(argv=None):
         allow_abbrev=False, usage="analyze.py RUN|FILE [part ...] | phases [DIR ...]")
     parser.error = refuse
     parser.add_argument("path", metavar="RUN|FILE", help="a run's folder, a checkpoint, or: phases")
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; or all")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     parser.add_argument("--out", help="folder to write to [the run's; for FILE.pt FILE; else here]")
     try:
@@ -771,7 +770,7 @@ def main(argv=None):
         os.makedirs(out, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()                  # can it be written?
     except (ValueError, OSError) as e:
-        where = "error: --out: " if isinstance(e, OSError) else "error: "
+        where = f"error: --out {out}: " if isinstance(e, OSError) else "error: "
         print(where + " ".join(str(e).split()), file=sys.stderr)
         return 2
     try:
@@ -780,7 +779,8 @@ def main(argv=None):
         plt.rcParams |= {"font.size": 8, "figure.constrained_layout.use": True,
                          "animation.writer": "pillow"}
     except ImportError:
-        plt = print("No pictures: pip install matplotlib")
+        plt = None
+        print("No pictures: pip install matplotlib")
     found, written, here = {}, ["analysis.json", "analysis.npz"], globals()
     for part in parts:
         found[part] = here[f"measure_{part}"](lab)

@@ -58,7 +58,6 @@ class Config:
     # how it is trained
     curriculum: bool = option(True, False, "few lines through the origin first; see pace()")
     score_y: bool = option(True, False, "while the curriculum has one line, learn y as well")
-    axes: bool = option(False, False, "every other sequence begins with an example on each axis")
     shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
     optimizer: str = option("muon", "adamw", "updates the blocks' matrices", ["muon", "adamw"])
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
@@ -127,7 +126,7 @@ def choose_rectangles(p, n, generator, tries=100):
     for a, b in grid(p)[torch.randperm(p * p, generator=generator)].tolist():
         if not free[a, b] or len(tasks) == n:
             continue
-        free[a, b] = False
+        free[a, b] = False                                   # so c != a and d != b below, too
         fits = (free[:, b, None] & free[a] & free).nonzero()         # (a', b') with all three free
         if len(fits) > 0:
             c, d = fits[torch.randint(len(fits), (1,), generator=generator)].squeeze(0).tolist()
@@ -148,7 +147,7 @@ def make_split(cfg):
     "id" are the pre-training tasks. The others are out of distribution, in two halves (the paper
     has one): early stopping looks at "val_ood", the closing report alone at "test_ood".
     "train_inputs" and "test_inputs" split the inputs; all tasks share them. Runs that differ in the
-    number of tasks alone have the same inputs, and nested tasks (if they leave room to choose).
+    number of tasks alone have the same inputs, and nested tasks (unless rectangles had to retry).
     """
     generator, p = torch.Generator().manual_seed(cfg.seed), cfg.p
     inputs, others = (grid(p)[torch.randperm(p * p, generator=generator)] for _ in range(2))
@@ -179,14 +178,13 @@ def line_of(inputs, p):
 
 def training_batch(split, line, cfg, lines, generator):
     """
-    A batch of cfg.batch sequences, (B, 3k) tokens. All tasks are used once before any is again.
+    A batch of cfg.batch sequences, (B, 3k) tokens. In it no task comes twice before all came once.
 
     Inputs are drawn evenly, with replacement; line is line_of(split["train_inputs"]). In the
     curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line
     any example but (0, 0) answers any query by Ratio Matching: the model learns to divide. With
     more it must also find the example to divide by. Few lines need few examples, which saves
-    time: k is 8 up to two lines, 16 until all are allowed, then cfg.examples. And with cfg.axes
-    every other sequence begins with (x, 0) and (0, y): the easiest pair for Modular Regression.
+    time: k is 8 up to two lines, 16 until all are allowed, then cfg.examples.
     """
     tasks, inputs = split["id"], split["train_inputs"]
     k = cfg.examples if lines > cfg.p else min(cfg.examples, 8 if lines <= 2 else 16)
@@ -199,10 +197,6 @@ def training_batch(split, line, cfg, lines, generator):
         kept = torch.randint(len(line), (n, lines), generator=generator, device=line.device)
         allowed = torch.zeros_like(allowed).scatter_(1, line[kept], 1)
     chosen = torch.multinomial(allowed[:, line], k, replacement=True, generator=generator)  # (n, k)
-    if cfg.axes and lines > cfg.p:
-        for i, axis in enumerate((0, cfg.p)):                # y/x = 0; x = 0
-            weights = (line == axis) + 1e-9                  # if none is trained on: any
-            chosen[::2, i] = torch.multinomial(weights, len(chosen[::2]), True, generator=generator)
     if cfg.shared_inputs:
         chosen = chosen.repeat_interleave(len(tasks), 0)[:cfg.batch]
     return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
@@ -212,7 +206,7 @@ def eval_sequences(split, ood, n, k, p, seed):
     """
     The four sets of the paper as token sequences, {name: (n, 3k)}; ood: "val_ood" or "test_ood".
 
-    Sequences have inputs of their own, and test sequences test inputs alone, in examples too.
+    Each sequence draws its own inputs; those of a test set, examples too, are test inputs.
     """
     sets, generator = {}, torch.Generator().manual_seed(seed)
     for kind in ("id", ood):
@@ -256,8 +250,8 @@ class Attention(nn.Module):
 
     def forward(self, x, at=slice(None)):
         T = x.size(1)                                                                # x (B, T, C)
-        q, k, v = (linear(inputs).unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (B, H, T, D)
-                   for linear, inputs in ((self.query, x[:, at]), (self.key, x), (self.value, x)))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, H, Q or T, D)
+                   for t in (self.query(x[:, at]), self.key(x), self.value(x)))
         q = rotate(q, self.cos[:T][at], self.sin[:T][at])                            # (B, H, Q, D)
         k = rotate(k, self.cos[:T], self.sin[:T])                                    # (B, H, T, D)
         scores = (q / math.sqrt(q.size(-1))) @ k.mT                                  # (B, H, Q, T)
@@ -477,7 +471,7 @@ def mixed_precision(cfg, device):
 
 
 def start(cfg, checkpoint=None):
-    """All that changes while a run goes on: fresh, or as a checkpoint has it (else ValueError)."""
+    """A run's state, new or from a checkpoint; ValueError if that doesn't fit cfg."""
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     run = SimpleNamespace(
@@ -514,7 +508,7 @@ def evaluate_and_save(run, cfg, sets, loss):
         save(run, cfg, "best.pt")
     if cfg.snapshots:
         save(run, cfg, f"step{run.step}.pt")
-    table = [",".join(map(str, values)) for values in (row, *(r.values() for r in run.history))]
+    table = [",".join(map(str, v)) for v in (row.keys(), *(r.values() for r in run.history))]
     write_file(os.path.join(cfg.out, "metrics.csv"), ("\n".join(table) + "\n").encode())
     save(run, cfg, "last.pt")
     return row
@@ -534,8 +528,8 @@ def train(run, cfg, signals=()):
     line = line_of(split["train_inputs"], cfg.p)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
-    on = {"on": True, "off": False, "auto": device.type == "cuda"}[cfg.compile]
-    model = torch.compile(run.model) if on else run.model
+    compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
+    model = torch.compile(run.model) if compiled else run.model
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     finished = run.step >= cfg.steps or early_stopping(run.history, cfg.patience, 1 / cfg.p)[1]
@@ -616,7 +610,7 @@ def load_checkpoint(path, device="cpu"):
         cfg = Config(**checkpoint["config"])
         model = GPT(cfg)
         model.load_state_dict(checkpoint["model"])
-        assert all(w.isfinite().all() for w in model.parameters())
+        assert all(w.isfinite().all() for w in model.parameters()) and {*STATE} <= {*checkpoint}
     except Exception as e:                            # a damaged file can raise anything
         raise ValueError(f"{path}: no sound checkpoint of this version ({type(e).__name__})")
     return checkpoint, cfg, model.to(device)
@@ -673,13 +667,14 @@ def parse_config(argv=None):
     preset = given.pop("preset", "default")
     given.setdefault("out", os.path.join("out", "-".join(
         [preset, *(f"{name}{given[name]}" for name in FIXED if name in given)])))
-    given = PRESETS.get(preset, {}) | given
+    own, given = given, PRESETS.get(preset, {}) | given
     cfg, checkpoint = Config(**given), None
     if cfg.resume:
         checkpoint, saved, _ = load_checkpoint(os.path.join(cfg.out, "last.pt"))
         path = os.path.join(cfg.out, "best.pt")       # the closing report will want it
         best = load_checkpoint(path)[1] if checkpoint["history"] else saved
-        cfg = replace(saved, **given | {"resume": False})
+        fixed = {name: given[name] for name in FIXED if name in given}    # a preset's rest is kept
+        cfg = replace(saved, **fixed | own | {"resume": False})
         for name in FIXED:
             if not getattr(cfg, name) == getattr(saved, name) == getattr(best, name):
                 raise ValueError(f"{flag(name)} {getattr(cfg, name)}: the run in {cfg.out} has "
