@@ -740,6 +740,7 @@ MUTATIONS = {
     "another version": put("config", "dropout", value=0.1),
     "other width": put("config", "embd", value=32),
     "no weight": put("model", "norm.weight", value=None), "no split": put("split", value=None),
+    "no history": put("history", value=None),
     "weight of another shape": put("model", "norm.weight", value=torch.ones(8)),
     "weights that are no numbers": put("model", "norm.weight", value=torch.full((16,), math.nan)),
     "a moment of another shape": put("optimizers", 0, "state", 0, "exp_avg", value=torch.zeros(3)),
@@ -801,6 +802,17 @@ def test_resume_refuses_a_preset_that_differs(half_a_run, tmp_path, capsys):
         (tmp_path / name).write_bytes(content)
     assert g.main(["--resume", "--preset", "quick", "--out", str(tmp_path)]) == 2
     assert "--p 13" in capsys.readouterr().err
+
+
+def test_resume_with_the_same_preset_keeps_what_was_set(tmp_path, monkeypatch):
+    """A preset's eval_every (paper: 1000) doesn't undo the flag that the run was started with."""
+    monkeypatch.setitem(g.PRESETS, "paper", dict(p=5, eval_every=1000))
+    flags = ["--preset", "paper", *TINY_FLAGS, "--out", str(tmp_path)]
+    cfg = g.parse_config(flags + ["--eval-every", "3"])[0]
+    g.save(g.start(cfg), cfg, "last.pt")
+    resume = ["--resume", "--preset", "paper", "--out", str(tmp_path)]
+    assert g.parse_config(resume)[0] == cfg
+    assert g.parse_config(resume + ["--eval-every", "7"])[0].eval_every == 7
 
 
 def test_metrics_alone_are_not_overwritten(tmp_path, capsys):
