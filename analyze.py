@@ -7,9 +7,8 @@ Look inside a model that grok_icl.py trained: which algorithm did it learn, and 
 
 One section for each figure of He, Doshi, Das, Gromov (NeurIPS 2024), and some tests of our own. In
 each, one function measures and returns a dict, one prints it, one draws it (with matplotlib). Tasks
-are the *test* o.o.d. tasks; what is chosen before a test (a mean, the heads to keep, characters)
-comes from other tasks. A number that could be large by accident has its *null* beside it: the same
-measure with the residues put in random order, best of as many where it is the best of many.
+are the *test* o.o.d. tasks; what is chosen before a test comes from others. A *null* is the same
+measure with the residues in random order, the best of as many where it is the best of many.
 """
 import argparse
 import glob
@@ -580,8 +579,7 @@ def measure_labels(lab):
         tokens = pick(lab, 2, 0)
         u, v, _, r, s, _, x, y, _ = tokens.T
         c = divide((x * s - y * r) % p, (u * s - v * r) % p, p)                      # Cramer's rule
-        tokens, c = tokens[c < p], c[c < p]                                          # independent
-        found[2]["two off"] = moves(tokens, 0 * c, c)
+        found[2]["two off"] = moves(tokens[c < p], 0 * c[c < p], c[c < p])           # independent
     return found
 
 
@@ -596,7 +594,8 @@ def show_labels(lab, found):
 
 def measure_progress(lab):
     """Over the S snapshots; the head is the one whose circle is clearest in the checkpoint."""
-    # "skill" (S, 3): accuracy on validation tasks; "circle" (S,) and "plane" (S, p, p) of the head;
+    # "skill" (S, 3): accuracy on validation tasks; "circle" (S,), "plane" (S, p, p) of that head;
+    # "line" (S,): how much the head that looks most at the query's line does, of an even spread;
     # "subgroup" (S, n): how often, on one line, answer / z is in the subgroup of each of "sizes".
     order, heads = orders("multiplicative", lab.p, 0)[0], head_planes(lab, 1)
     head = max(heads, key=lambda name: circles(heads[name], *order)[0, 0])
@@ -615,6 +614,7 @@ def measure_progress(lab):
         ratio = divide(answers(now, one), z, lab.p)[:, 1:][z[:, 1:] > 0]
         inside = [torch.isin(ratio, powers(lab.p)[::(lab.p - 1) // d]) for d in sizes]
         found.append({"step": torch.tensor(now.step), "plane": plane,
+                      "line": torch.tensor(max(measure_attention(now)["line"].values())),
                       "circle": circles(plane, *order)[0],
                       "skill": torch.stack([right[skill == s].float().mean() for s in range(3)]),
                       "subgroup": torch.stack(inside).float().mean(1)})
@@ -623,11 +623,12 @@ def measure_progress(lab):
 
 
 def show_progress(lab, found):
-    columns = [*SKILLS[:3], "circle", *(f"order {d}" for d in found["sizes"])]
-    rows = torch.column_stack([found[name] for name in ("skill", "circle", "subgroup")]).tolist()
+    columns = [*SKILLS[:3], "circle", "line", *(f"order {d}" for d in found["sizes"])]
+    rows = torch.column_stack([found[n] for n in ("skill", "circle", "line", "subgroup")]).tolist()
     table("Over training, in %: accuracy by skill on validation tasks, and more",
           {step: dict(zip(columns, row)) for step, row in zip(found["step"].tolist(), rows)},
-          f"circle: head {found['head']}; order: on one line, answer / z is in that subgroup")
+          f"circle: head {found['head']}; line: attention to it, of an even spread, most of all "
+          "heads; order: on one line, answer / z is in that subgroup")
 
 
 def draw_progress(plt, lab, found):
@@ -701,8 +702,7 @@ def draw_phases(plt, runs, found):
     for name, colour, style in zip(SETS, ("C7", "C7", "C0", "C0"), ("o-", "v:", "o-", "v:")):
         share = np.array([100 * row[name] for row in found.values()])
         ax.plot(tasks, share, style[0], color=colour, ms=3)
-        mean = np.bincount(group, share) / np.bincount(group)
-        ax.plot(n, mean, style, color=colour, label=name)
+        ax.plot(n, np.bincount(group, share) / np.bincount(group), style, c=colour, label=name)
     ax.set(xlabel="pre-training tasks", ylabel="share of the possible (%)")
     ax.legend()
     return {"phases.png": fig}
