@@ -420,12 +420,15 @@ def quick(monkeypatch):
 
 def test_everything_for_a_run(tiny_run, tmp_path, quick, capsys):
     pytest.importorskip("matplotlib")
+    (tiny_run / "steps.pt").write_text("no snapshot of the run")
     assert a.main([str(tiny_run), "--out", str(tmp_path)]) is None
     numbers = json.load(open(tmp_path / "analysis.json"))
     assert list(numbers) == list(a.PARTS) and numbers["pca"]["planes"] == "in analysis.npz"
     with np.load(tmp_path / "analysis.npz") as arrays:
         assert arrays["shots/test_ood_test, model"].shape == (2, 6)
-        assert arrays["progress/step"].tolist() == [2, 4]
+        assert arrays["progress/step"].tolist() == [2, 4]        # best.pt is of step 4
+        most = max(numbers["attention"]["line"].values())
+        assert arrays["progress/line"][1] == pytest.approx(most) != arrays["progress/line"][0]
         first, second = arrays["progress/plane"]
         turn = (first.conj() * second).sum()                     # aligned: no turn is left
         assert turn.real > 0 and abs(turn.imag) < 1e-6 * turn.real
@@ -489,8 +492,8 @@ def planted_run(out, **changes):
 @pytest.fixture
 def sweep(tmp_path):
     for alpha, tasks in ((0.5, 8), (0.8, 8), (0.8, 12)):
-        planted_run(tmp_path / "sweep" / f"{alpha}-{tasks}", alpha=alpha, tasks=tasks)
-    return tmp_path / "sweep"
+        planted_run(tmp_path / "sweep[1]" / f"{alpha}-{tasks}", alpha=alpha, tasks=tasks)
+    return tmp_path / "sweep[1]"                                 # brackets are no pattern
 
 
 def test_runs_are_compared_on_tasks_that_all_hold_out(sweep, monkeypatch):
