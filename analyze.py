@@ -682,29 +682,29 @@ def show_phases(runs, found):
 
 
 def draw_phases(plt, runs, found):
-    tasks = np.array([int(row["tasks"]) for row in found.values()])
+    moduli, tasks = np.array([(int(row["p"]), int(row["tasks"])) for row in found.values()]).T
     grids = {"these runs": {(n, float(row["alpha"])): row["phase"]
                             for n, row in zip(tasks.tolist(), found.values())},
              "the paper: p = 29, depth 6": PAPER}
     if len({alpha for _, alpha in grids["these runs"]}) > 1:
         fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
         for ax, (title, cells) in zip(axes, grids.items()):
-            n, alpha = (sorted(set(values)) for values in zip(*cells))
-            for (i, j), letters in cells.items():
-                ax.text(n.index(i), alpha.index(j), letters, ha="center", va="center",
-                        bbox={"boxstyle": "square", "fc": COLOURS[letters]})
-            ax.set(title=title, xlabel="pre-training tasks", ylabel="alpha",
-                   xlim=(-0.5, len(n) - 0.5), xticks=range(len(n)), xticklabels=n,
-                   ylim=(-0.5, len(alpha) - 0.5), yticks=range(len(alpha)), yticklabels=alpha)
+            for (n, alpha), letters in sorted(cells.items()):    # as text: evenly spaced
+                ax.scatter(str(n), str(alpha), 500, COLOURS[letters], "s")
+                ax.annotate(letters, (str(n), str(alpha)), ha="center", va="center")
+            ax.set(title=title, xlabel="pre-training tasks", ylabel="alpha", xmargin=.1, ymargin=.1)
         return {"phase_grid.png": fig}
-    fig, ax = plt.subplots(figsize=(5, 3.2))
-    n, group = np.unique(tasks, return_inverse=True)
-    for name, colour, style in zip(SETS, ("C7", "C7", "C0", "C0"), ("o-", "v:", "o-", "v:")):
-        share = np.array([100 * row[name] for row in found.values()])
-        ax.plot(tasks, share, style[0], color=colour, ms=3)
-        ax.plot(n, np.bincount(group, share) / np.bincount(group), style, c=colour, label=name)
-    ax.set(xlabel="pre-training tasks", ylabel="share of the possible (%)")
-    ax.legend()
+    fig, panels = plt.subplots(1, len(set(moduli)), sharey=True, squeeze=False, figsize=(8, 3))
+    for ax, p in zip(panels[0], sorted(set(moduli))):
+        n, group = np.unique(tasks[moduli == p], return_inverse=True)
+        for name, colour, style in zip(SETS, ("C7", "C7", "C0", "C0"), ("o-", "v:", "o-", "v:")):
+            share = np.array([100 * row[name] for row in found.values()])[moduli == p]
+            mean = np.bincount(group, share) / np.bincount(group)
+            ax.semilogx(n[group], share, style[0], base=2, c=colour, ms=3)
+            ax.semilogx(n, mean, style, base=2, c=colour, label=name)
+        ax.set(title=f"p = {p}", xlabel="pre-training tasks", xticks=n, xticklabels=n)
+    panels[0, 0].set_ylabel("share of the possible (%)")
+    panels[0, -1].legend()
     return {"phases.png": fig}
 
 # -------------------------------------------------------------------------------------------------
