@@ -690,7 +690,7 @@ def draw_phases(plt, runs, found):
         fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
         for ax, (title, cells) in zip(axes, grids.items()):
             for (n, alpha), letters in sorted(cells.items()):    # as text: evenly spaced
-                ax.scatter(str(n), str(alpha), 500, COLOURS[letters], "s")
+                ax.scatter(str(n), str(alpha), 500, COLOURS[letters], marker="s")
                 ax.annotate(letters, (str(n), str(alpha)), ha="center", va="center")
             ax.set(title=title, xlabel="pre-training tasks", ylabel="alpha", xmargin=.1, ymargin=.1)
         return {"phase_grid.png": fig}
