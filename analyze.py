@@ -211,8 +211,7 @@ def measure_skills(lab):
         skill = torch.stack([skill_of(t, p)[:, -1] for t in tokens])                 # (n, p*p)
         asked = torch.einsum("kq,nqs->nqks", kinds, F.one_hot(skill, 4).double())
         right = said == tokens[..., -1]
-        answered = (asked * right[..., None, None]).sum((0, 1))
-        found["accuracy"].append(answered / asked.sum((0, 1)))                       # nan: no query
+        found["accuracy"].append((asked * right[..., None, None]).sum((0, 1)) / asked.sum((0, 1)))
         found["right"].append(right[0].view(p, p))
         found["skill"].append(skill[0].view(p, p))
     return {name: torch.stack(values) for name, values in found.items()} | {"shots": shots}
@@ -227,8 +226,18 @@ def show_skills(lab, found):
           f"{3 * CONTEXTS} contexts, then all {lab.p ** 2} queries; chance {100 / lab.p:.1f}")
 
 
+def draw_history(ax, history):
+    names, styles = ("id_train", "id_test", "val_ood_train", "val_ood_test"), "--C7 C7 --C0 C0"
+    for name, label, style in zip(names, SETS, styles.split()):
+        ax.plot([row["step"] for row in history], [100 * row[name] for row in history], style,
+                label=f"{label} inputs")
+    ax.set(title="accuracy at the last example (%)", xlabel="training step", ylim=(0, 104))
+    ax.legend()
+
+
 def draw_skills(plt, lab, found):
-    fig, ax = plt.subplots(figsize=(5.5, 3.6))
+    fig, (ax, training) = plt.subplots(1, 2, figsize=(9, 3.4))
+    draw_history(training, lab.history)
     for s, colour in ((0, "C7"), (1, "C1"), (2, "C2")):
         ax.plot(found["shots"], 100 * found["accuracy"][:, 0, s], f".-{colour}", label=SKILLS[s])
     ax.axhline(100 / lab.p, color="black", lw=0.8, ls=":", label="chance")
@@ -272,16 +281,15 @@ def measure_attention(lab):
     """Of each head: "line", attention_to_line; "maps" (L, H, 15, 15) of the first 15 tokens."""
     tokens = g.to_tokens(*contexts(lab, "test_ood", SEQUENCES, lab.k), lab.p)
     scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
-                    lambda: answers(lab, tokens)).values()                           # (B, H, T, T)
-    weights = [s.softmax(-1) for s in scores]
+                    lambda: answers(lab, tokens))                                    # (B, H, T, T)
+    weights = [s.softmax(-1) for s in scores.values()]
     line = torch.cat([attention_to_line(w[:, :, 1::3], tokens, lab.p) for w in weights])
     return {"line": dict(zip(lab.heads, line.tolist())),
             "maps": torch.stack([w[:, :, :15, :15].mean(0) for w in weights])}
 
 
 def show_attention(lab, found):
-    table("Attention from a query's y to its line, in % of an even spread over earlier examples",
-          {"head": found["line"]})
+    table("Attention from a query's y to its line, in % of an even spread", {"head": found["line"]})
 
 
 def draw_attention(plt, lab, found):
@@ -302,8 +310,7 @@ def plane_of(points):
     """Points (..., n, d) -> their first two principal components as complex numbers (..., n)."""
     points = points.double() - points.double().mean(-2, keepdim=True)
     _, directions = torch.linalg.eigh(points.mT @ points)                  # ascending
-    v, u = (points @ directions[..., -2:]).unbind(-1)
-    return torch.complex(u, v)
+    return torch.view_as_complex((points @ directions[..., -2:]).flip(-1))
 
 
 def head_planes(lab, n=CONTEXTS):
@@ -319,8 +326,7 @@ def head_planes(lab, n=CONTEXTS):
 def character_power(f, order_x, order_y):
     """Power of functions (..., p, p) in each character (k, l) of a group, the mean's 0."""
     # A character is exp(2 pi i (k u + l v) / m), u and v the places of x and y: (..., m, m).
-    coefficients = torch.fft.fft2(f[..., order_x[:, None], order_y], norm="forward")
-    power = coefficients.real.square() + coefficients.imag.square()
+    power = torch.fft.fft2(f[..., order_x[:, None], order_y], norm="forward").abs().square()
     power[..., 0, 0] = 0
     return power
 
@@ -389,8 +395,8 @@ def one_frequency(f, order_x, order_y):
     # The characters (k, -k) depend on x/y, or x - y, alone.
     power, k = character_power(f, order_x, order_y), torch.arange(1, len(order_x))
     shares = (power / power.sum((-2, -1), keepdim=True).clamp(min=1e-30)).mean(0)    # (n, m, m)
-    one = shares.amax((-2, -1)) >= 0.25                                              # (n,)
-    return torch.stack((one.float().mean(), shares[:, k, -k].sum(1).mean()))
+    one = (shares.amax((-2, -1)) >= 0.25).float()                                    # (n,)
+    return torch.stack((one.mean(), shares[:, k, -k].sum(1).mean()))
 
 
 def keep_characters(f, order, mask):
@@ -555,9 +561,8 @@ def divide(a, b, p):
 
 def measure_labels(lab):
     """{shots: how often the answer moves as an algorithm says if one z is changed by delta}."""
-    # Ratio Matching: "on", the one example on the query's line is changed: it moves by c delta, c =
-    # query / example; "off", another is: it stays. Modular Regression: "two off", one of two
-    # examples off the line is changed: it moves by c_i delta. Chance is 1/p, but for "off".
+    # "on": of the one example on the query's line, c = query / example: it moves by c delta; "off":
+    # of another, it stays; "two off", Modular Regression: of one of two, neither on the line.
     p, generator, found = lab.p, torch.Generator().manual_seed(SEED), {}
 
     def moves(tokens, which, c):
@@ -641,13 +646,8 @@ def draw_progress(plt, lab, found):
         scatter(left, found["plane"][i].flatten(), g.grid(lab.p)[:, 0], lab.p, last)
         left.set(title=f"step {steps[i]}, head {found['head']}; colour: log x", aspect="equal",
                  xticks=[], yticks=[])
-        rows = [row for row in found["history"] if row["step"] <= steps[i]]
-        for name, style in zip(("id_train", "id_test", "val_ood_train", "val_ood_test"),
-                               ("--C7", "C7", "--C0", "C0")):
-            right.plot([row["step"] for row in rows], [100 * row[name] for row in rows], style,
-                       label=name.replace("val_", "").replace("_", " tasks, ") + " inputs")
-        right.set(title="accuracy (%)", xlabel="step", xlim=(0, steps[-1]), ylim=(0, 100))
-        right.legend(loc="upper left")
+        draw_history(right, [row for row in found["history"] if row["step"] <= steps[i]])
+        right.set_xlim(0, steps[-1])
     frames = [*range(0, len(steps), math.ceil(len(steps) / 48)), *[len(steps) - 1] * 8]
     return {"progress.gif": plt.matplotlib.animation.FuncAnimation(film, frame, frames)}
 

@@ -445,7 +445,6 @@ def test_the_shortest_sequences_can_be_analyzed(tmp_path, quick, capsys):
     """Two examples: one shot, too few for Modular Regression, no query with some on its line."""
     cfg = config(examples=2, out=str(tmp_path))
     run = g.start(cfg)
-    run.history = [{}]
     g.save(run, cfg, "best.pt")
     assert a.main([str(tmp_path)]) is None
     labels = json.load(open(tmp_path / "analysis.json"))["labels"]
