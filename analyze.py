@@ -37,7 +37,7 @@ SKILLS = ("copy", "ratio", "regression", "undetermined")
 WHO = ("model", "ratio", "regression", "exact memory", "best fit")
 POSITIONS = {"x": slice(0, None, 3), "y": slice(1, None, 3), "z": slice(2, None, 3)}
 SETS = ("i.d. train", "i.d. test", "o.o.d. train", "o.o.d. test")    # tasks and inputs
-COLOURS = {"IM": "C7", "IG": "C1", "OM": "C0", "OG": "C2", "?": "white"}         # of the phases
+COLOURS = {"IM": "C7", "IG": "C1", "OM": "C0", "OG": "C2", "?": "C9", "": "white"}      # of phases
 PAPER = dict(zip([(2 ** n, alpha / 10) for alpha in range(8, 1, -1) for n in range(3, 10)], (
     "IM IM IG IG IG OG OG " * 2 + "IM IM IM IG IG OG OG " + "IM IM IM IM IG OG OG " * 2 +
     "IM IM IM IM IM OM OG " + "IM IM IM IM IM OM OM").split()))                  # its figure 1b
@@ -231,7 +231,7 @@ def draw_history(ax, history):
     for name, label, style in zip(names, SETS, styles.split()):
         ax.plot([row["step"] for row in history], [100 * row[name] for row in history], style,
                 label=f"{label} inputs")
-    ax.set(title="accuracy at the last example (%)", xlabel="training step", ylim=(0, 104))
+    ax.set(title="accuracy (%), o.o.d. on validation tasks", xlabel="training step", ylim=(0, 104))
     ax.legend()
 
 
@@ -689,21 +689,21 @@ def draw_phases(plt, runs, found):
     if len({alpha for _, alpha in grids["these runs"]}) > 1:
         fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
         for ax, (title, cells) in zip(axes, grids.items()):
-            for (n, alpha), letters in sorted(cells.items()):    # as text: evenly spaced
-                ax.scatter(str(n), str(alpha), 500, COLOURS[letters], marker="s")
-                ax.annotate(letters, (str(n), str(alpha)), ha="center", va="center")
+            columns, rows = (sorted(set(values)) for values in zip(*cells))
+            for at in [(n, alpha) for alpha in rows for n in columns]:   # as text: evenly spaced
+                ax.scatter(*map(str, at), 500, COLOURS[cells.get(at, "")], marker="s")
+                ax.annotate(cells.get(at, ""), tuple(map(str, at)), ha="center", va="center")
             ax.set(title=title, xlabel="pre-training tasks", ylabel="alpha", xmargin=.1, ymargin=.1)
         return {"phase_grid.png": fig}
     fig, panels = plt.subplots(1, len(set(moduli)), sharey=True, squeeze=False, figsize=(8, 3))
     for ax, p in zip(panels[0], sorted(set(moduli))):
-        n, group = np.unique(tasks[moduli == p], return_inverse=True)
-        for name, colour, style in zip(SETS, ("C7", "C7", "C0", "C0"), ("o-", "v:", "o-", "v:")):
+        n, i = np.unique(tasks[moduli == p], return_inverse=True)
+        for name, c, style in zip(SETS, ("C7", "C7", "C0", "C0"), ("o-", "v:", "o-", "v:")):
             share = np.array([100 * row[name] for row in found.values()])[moduli == p]
-            mean = np.bincount(group, share) / np.bincount(group)
-            ax.semilogx(n[group], share, style[0], base=2, c=colour, ms=3)
-            ax.semilogx(n, mean, style, base=2, c=colour, label=name)
+            ax.semilogx(n[i], share, style[0], base=2, c=c, ms=3)
+            ax.semilogx(n, np.bincount(i, share) / np.bincount(i), style, base=2, c=c, label=name)
         ax.set(title=f"p = {p}", xlabel="pre-training tasks", xticks=n, xticklabels=n)
-    panels[0, 0].set_ylabel("share of the possible (%)")
+    panels[0, 0].set_ylabel("share of Ratio Matching's (%)")
     panels[0, -1].legend()
     return {"phases.png": fig}
 
@@ -754,7 +754,7 @@ def main(argv=None):
         allow_abbrev=False, usage="analyze.py RUN|FILE [part ...] | phases [DIR ...]")
     parser.error = refuse
     parser.add_argument("path", metavar="RUN|FILE", help="a run's folder, a checkpoint, or: phases")
-    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)}; or all")
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)} [all]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     parser.add_argument("--out", help="folder to write to [the run's; for FILE.pt FILE; else here]")
     try:

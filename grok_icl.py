@@ -711,7 +711,7 @@ def validate(cfg):
     need(cfg.embd % (2 * cfg.heads) == 0, "embd",
          f"a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
     need(cfg.batch % rank_and_world()[1] == 0, "batch", "a multiple of the number of processes")
-    need(cfg.steps > cfg.warmup, "steps", f"above --warmup ({cfg.warmup})")
+    need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")
     need(pick_device(cfg.device).type == "cuda" or cfg.amp != "fp16", "amp",
          "auto, bf16 or off without a CUDA device")
 
