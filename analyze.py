@@ -5,10 +5,9 @@ Look inside a model that grok_icl.py trained: which algorithm did it learn, and 
     python analyze.py out/RUN skills pca         some parts, for a run's best checkpoint
     python analyze.py phases out/SWEEP           many runs: how far each comes, and its phase
 
-One section for each figure of He, Doshi, Das, Gromov (NeurIPS 2024), and some tests of our own. In
-each, one function measures and returns a dict, one prints it, one draws it (with matplotlib). Tasks
-are the *test* o.o.d. tasks; what is chosen before a test comes from others. A *null* is the same
-measure with the residues in random order, the best of as many where it is the best of many.
+One section for each figure of the paper, and some tests of our own. In each, one function measures
+and returns a dict, one prints it, one draws it. Tasks are the *test* o.o.d. ones; what is chosen
+before comes from others. A *null* is the same measure with the residues in random order.
 """
 import argparse
 import glob
@@ -63,11 +62,10 @@ def run_with(changes, run):
     """run(), each module's input x replaced by f(x) of {module: f}, or kept if f returns None."""
     handles = [module.register_forward_pre_hook(lambda _, args, f=f: f(args[0]))
                for module, f in changes.items()]
-    try:
-        return run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    result = run()
+    for handle in handles:
+        handle.remove()
+    return result
 
 
 def record(modules, run):
@@ -119,8 +117,7 @@ def powers(p):
 
 def orders(group, p, n):
     """The residues in a group's order, for x and for y, then n times at random: (n + 1, 2, m)."""
-    # multiplicative: by logarithm; 0 has none, so m = p - 1
-    true = powers(p) if group == "multiplicative" else torch.arange(p)
+    true = powers(p) if group == "multiplicative" else torch.arange(p)     # by log, without 0
     draw = torch.rand(n, 2, len(true), generator=torch.Generator().manual_seed(SEED))
     return torch.cat((true.expand(1, 2, -1), true[draw.argsort(-1)]))
 
@@ -130,9 +127,8 @@ def against_null(measure, group, p, names, columns):
     # It returns (names, columns). In a last row the highest value meets the null of the highest.
     scores = torch.stack([measure(*order) for order in orders(group, p, NULLS)]).double()
     scores = torch.cat((scores, scores.amax(1, keepdim=True)), dim=1)
-    value, null = scores[0], scores[1:]
-    p_value = (1 + (null >= value - 1e-9).sum(0)) / len(scores)
-    rows = torch.stack((value, null.quantile(0.95, dim=0), p_value), dim=-1).flatten(1).tolist()
+    tail = (scores >= scores[0] - 1e-9).sum(0) / len(scores)         # the true order is the first
+    rows = torch.stack((scores[0], scores[1:].quantile(0.95, dim=0), tail), -1).flatten(1).tolist()
     columns = [column + what for column in columns for what in ("", " null", " p")]
     return {name: dict(zip(columns, row)) for name, row in zip([*names, "best of all"], rows)}
 
@@ -156,6 +152,8 @@ def memory_scores(tokens, tasks, p):
     """Expected scores (2, B, k) of answering with the pre-training tasks (n, 2) alone, two ways."""
     # Exact: what most of the tasks say that fit all examples so far, a guess if none does. Best
     # fit: those that fit the most examples, which a soft memory could find, even if none fits all.
+    if len(tokens) > 16:                                     # to save memory
+        return torch.cat([memory_scores(t, tasks, p) for t in tokens.split(16)], dim=1)
     xy, z = tokens.unflatten(1, (-1, 3)).split([2, 1], dim=-1)                       # (B, k, 2 | 1)
     said = (xy.float() @ tasks.T.float()).long() % p                                 # (B, k, n)
     fits = F.pad((said == z).int().cumsum(1)[:, :-1], (0, 0, 1, 0))                  # (B, k, n)
@@ -171,9 +169,8 @@ def measure_shots(lab):
     """Accuracy on the four sets, over all and novel queries: {"set, who": (2, k)}."""
     sets, found = g.eval_sequences(lab.split, "test_ood", 8 * SEQUENCES, lab.k, lab.p, SEED), {}
     for name, tokens in sets.items():
-        memory = torch.cat([memory_scores(t, lab.split["id"], lab.p) for t in tokens.split(16)], 1)
         curves = [g.evaluate(lab.model, tokens.to(lab.device)), *g.oracle_accuracy(tokens, lab.p),
-                  *(g.accuracy(scores, tokens) for scores in memory)]
+                  *(g.accuracy(s, tokens) for s in memory_scores(tokens, lab.split["id"], lab.p))]
         found |= {f"{name}, {who}": curve for who, curve in zip(WHO, curves)}
     return found
 
@@ -395,8 +392,8 @@ def one_frequency(f, order_x, order_y):
     # The characters (k, -k) depend on x/y, or x - y, alone.
     power, k = character_power(f, order_x, order_y), torch.arange(1, len(order_x))
     shares = (power / power.sum((-2, -1), keepdim=True).clamp(min=1e-30)).mean(0)    # (n, m, m)
-    one = (shares.amax((-2, -1)) >= 0.25).float()                                    # (n,)
-    return torch.stack((one.mean(), shares[:, k, -k].sum(1).mean()))
+    one = (shares.amax((-2, -1)) >= 0.25).float().mean()
+    return torch.stack((one, shares[:, k, -k].sum(1).mean()))
 
 
 def keep_characters(f, order, mask):
@@ -668,9 +665,11 @@ def measure_phases(runs):
         right, ratio = torch.tensor([
             (g.evaluate(model, tokens)[1, -1], g.oracle_accuracy(tokens, cfg.p)[0][1, -1])
             for tokens in sets.values()]).T
-        share = (right - 1 / cfg.p) / (ratio - 1 / cfg.p)
-        found[name] = {key: str(getattr(cfg, key)) for key in (
-            "p", "tasks", "alpha", "depth", "embd", "seed")} | dict(zip(SETS, share.tolist()))
+        memory = memory_scores(sets["test_ood_train"], split["id"], cfg.p)[1]
+        memory = g.accuracy(memory, sets["test_ood_train"])[1, -1:]
+        share = (torch.cat((right, memory)) - 1 / cfg.p) / (ratio[[0, 1, 2, 3, 2]] - 1 / cfg.p)
+        found[name] = {k: str(getattr(cfg, k)) for k in "p tasks alpha depth embd seed".split()}
+        found[name] |= dict(zip((*SETS, "best fit"), share.tolist()))
         words = g.phase(right, ratio, cfg.p).split()
         found[name]["phase"] = "".join(w[0].upper() for w in words) if len(words) == 2 else "?"
     return found
@@ -678,11 +677,12 @@ def measure_phases(runs):
 
 def show_phases(runs, found):
     table("Share of what Ratio Matching can, in % (0 is chance), on novel queries", found,
-          "phase: I, O: i.d., o.o.d.; M, G: memorization, generalization; ?: none of these")
+          "best fit: a memory of the tasks; I, O: i.d., o.o.d.; M, G: memorization, generalization")
 
 
 def draw_phases(plt, runs, found):
-    moduli, tasks = np.array([(int(row["p"]), int(row["tasks"])) for row in found.values()]).T
+    tasks = np.array([int(row["tasks"]) for row in found.values()])
+    kinds = np.array(["p = {p}, depth {depth}".format(**row) for row in found.values()])
     grids = {"these runs": {(n, float(row["alpha"])): row["phase"]
                             for n, row in zip(tasks.tolist(), found.values())},
              "the paper: p = 29, depth 6": PAPER}
@@ -695,14 +695,14 @@ def draw_phases(plt, runs, found):
                 ax.annotate(cells.get(at, ""), tuple(map(str, at)), ha="center", va="center")
             ax.set(title=title, xlabel="pre-training tasks", ylabel="alpha", xmargin=.1, ymargin=.1)
         return {"phase_grid.png": fig}
-    fig, panels = plt.subplots(1, len(set(moduli)), sharey=True, squeeze=False, figsize=(8, 3))
-    for ax, p in zip(panels[0], sorted(set(moduli))):
-        n, i = np.unique(tasks[moduli == p], return_inverse=True)
-        for name, c, style in zip(SETS, ("C7", "C7", "C0", "C0"), ("o-", "v:", "o-", "v:")):
-            share = np.array([100 * row[name] for row in found.values()])[moduli == p]
-            ax.semilogx(n[i], share, style[0], base=2, c=c, ms=3)
-            ax.semilogx(n, np.bincount(i, share) / np.bincount(i), style, base=2, c=c, label=name)
-        ax.set(title=f"p = {p}", xlabel="pre-training tasks", xticks=n, xticklabels=n)
+    fig, panels = plt.subplots(1, len(set(kinds)), sharey=True, squeeze=False, figsize=(8, 3))
+    for ax, kind in zip(panels[0], sorted(set(kinds))):
+        n, i = np.unique(tasks[kinds == kind], return_inverse=True)
+        for name, style in zip((*SETS, "best fit"), "oC7- vC7: oC0- vC0: +k-".split()):
+            share = np.array([100 * row[name] for row in found.values()])[kinds == kind]
+            ax.semilogx(n[i], share, style[:-1], base=2, ms=3)
+            ax.semilogx(n, np.bincount(i, share) / np.bincount(i), style, base=2, label=name)
+        ax.set(title=kind, xlabel="pre-training tasks", xticks=n, xticklabels=n)
     panels[0, 0].set_ylabel("share of Ratio Matching's (%)")
     panels[0, -1].legend()
     return {"phases.png": fig}

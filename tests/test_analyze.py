@@ -502,8 +502,14 @@ def test_runs_are_compared_on_tasks_that_all_hold_out(sweep, monkeypatch):
     monkeypatch.setattr(g, "eval_sequences",
                         lambda *args: [asked.append(args), sequences(*args)][1])
     monkeypatch.setattr(g, "evaluate", lambda model, tokens: g.oracle_accuracy(tokens, 7)[0])
+
+    def memory(tokens, tasks, p):                                # of one that matches ratios
+        assert any(tasks is checkpoint["split"]["id"] for checkpoint, *_ in runs.values())
+        return torch.where(g.solvable(tokens, p)[0], 1.0, 1 / p).expand(2, -1, -1)
+    monkeypatch.setattr(a, "memory_scores", memory)
     found = a.measure_phases(runs)
-    assert all(row[name] == pytest.approx(1) for row in found.values() for name in a.SETS)
+    assert all(row[name] == pytest.approx(1) for row in found.values()
+               for name in (*a.SETS, "best fit"))
     assert {row["phase"] for row in found.values()} == {"OG"}
     known = {tuple(task) for checkpoint, *_ in runs.values() for kind in ("id", "val_ood")
              for task in checkpoint["split"][kind].tolist()}
