@@ -683,10 +683,10 @@ def show_phases(runs, found):
 def draw_phases(plt, runs, found):
     tasks = np.array([int(row["tasks"]) for row in found.values()])
     kinds = np.array(["p = {p}, depth {depth}".format(**row) for row in found.values()])
-    grids = {"these runs": {(n, float(row["alpha"])): row["phase"]
-                            for n, row in zip(tasks.tolist(), found.values())},
+    grids = {kinds[0]: {(n, float(row["alpha"])): row["phase"]
+                        for n, row in zip(tasks.tolist(), found.values())},
              "the paper: p = 29, depth 6": PAPER}
-    if len({alpha for _, alpha in grids["these runs"]}) > 1:
+    if len({row["alpha"] for row in found.values()}) > 1:
         fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
         for ax, (title, cells) in zip(axes, grids.items()):
             columns, rows = (sorted(set(values)) for values in zip(*cells))
@@ -695,12 +695,12 @@ def draw_phases(plt, runs, found):
                 ax.annotate(cells.get(at, ""), tuple(map(str, at)), ha="center", va="center")
             ax.set(title=title, xlabel="pre-training tasks", ylabel="alpha", xmargin=.1, ymargin=.1)
         return {"phase_grid.png": fig}
-    fig, panels = plt.subplots(1, len(set(kinds)), sharey=True, squeeze=False, figsize=(8, 3))
+    fig, panels = plt.subplots(1, len(set(kinds)), sharey=True, squeeze=False, figsize=(10, 3))
     for ax, kind in zip(panels[0], sorted(set(kinds))):
         n, i = np.unique(tasks[kinds == kind], return_inverse=True)
-        for name, style in zip((*SETS, "best fit"), "oC7- vC7: oC0- vC0: +k-".split()):
+        for name, style in zip((*SETS, "best fit"), "oC7-- vC7- oC0-- vC0- +k-".split()):
             share = np.array([100 * row[name] for row in found.values()])[kinds == kind]
-            ax.semilogx(n[i], share, style[:-1], base=2, ms=3)
+            ax.semilogx(n[i], share, style.strip("-"), base=2, ms=3)
             ax.semilogx(n, np.bincount(i, share) / np.bincount(i), style, base=2, label=name)
         ax.set(title=kind, xlabel="pre-training tasks", xticks=n, xticklabels=n)
     panels[0, 0].set_ylabel("share of Ratio Matching's (%)")

@@ -7,7 +7,7 @@ Learning to grok modular arithmetic in context: a single-file reproduction of
 A task is a pair (a, b) of residues mod a prime p. It maps an input (x, y) to z = a x + b y mod p.
 The transformer reads worked examples of one task, three tokens each, and never sees (a, b):
 
-    x1 y1 z1  x2 y2 z2  ...  xk yk zk          scored on the z tokens alone
+    x1 y1 z1  x2 y2 z2  ...  xk yk zk          scored on the z tokens
 
 With few pre-training tasks it memorizes them. With many it learns to infer a task it has never
 trained on from the examples in front of it: in-context learning, out of distribution (o.o.d.).
