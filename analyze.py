@@ -10,6 +10,7 @@ and returns a dict, one prints it, one draws it. Tasks are the *test* o.o.d. one
 before comes from others. A *null* is the same measure with the residues in random order.
 """
 import argparse
+import contextlib
 import glob
 import io
 import json
@@ -60,12 +61,10 @@ def sites(model):
 
 def run_with(changes, run):
     """run(), each module's input x replaced by f(x) of {module: f}, or kept if f returns None."""
-    handles = [module.register_forward_pre_hook(lambda _, args, f=f: f(args[0]))
-               for module, f in changes.items()]
-    result = run()
-    for handle in handles:
-        handle.remove()
-    return result
+    with contextlib.ExitStack() as hooks:                        # gone after it, errors or not
+        for module, f in changes.items():
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, x, f=f: f(x[0])))
+        return run()
 
 
 def record(modules, run):
@@ -152,7 +151,7 @@ def memory_scores(tokens, tasks, p):
     """Expected scores (2, B, k) of answering with the pre-training tasks (n, 2) alone, two ways."""
     # Exact: what most of the tasks say that fit all examples so far, a guess if none does. Best
     # fit: those that fit the most examples, which a soft memory could find, even if none fits all.
-    if len(tokens) > 16:                                     # to save memory
+    if len(tokens) > 16:                                     # in pieces: votes are large
         return torch.cat([memory_scores(t, tasks, p) for t in tokens.split(16)], dim=1)
     xy, z = tokens.unflatten(1, (-1, 3)).split([2, 1], dim=-1)                       # (B, k, 2 | 1)
     said = (xy.float() @ tasks.T.float()).long() % p                                 # (B, k, n)
@@ -677,7 +676,8 @@ def measure_phases(runs):
 
 def show_phases(runs, found):
     table("Share of what Ratio Matching can, in % (0 is chance), on novel queries", found,
-          "best fit: a memory of the tasks; I, O: i.d., o.o.d.; M, G: memorization, generalization")
+          "best fit: a memory of the pre-training tasks, on o.o.d. tasks and train inputs; phase: "
+          "I, O: i.d., o.o.d.; M, G: memorization, generalization; ?: none of these")
 
 
 def draw_phases(plt, runs, found):
