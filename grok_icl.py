@@ -52,7 +52,7 @@ class Config:
     random_tasks: bool = option(False, False, "pre-training tasks at random, not by rectangles")
     # the transformer
     depth: int = option(2, 2, "transformer blocks; the paper has 2, 4 and 6", (1, 100))
-    heads: int = option(4, 4, "attention heads a block; wider than 32 learn badly", (1, 256))
+    heads: int = option(4, 4, "attention heads a block, best up to 32 wide", (1, 256))
     embd: int = option(128, 512, "width of the residual stream; the MLP is 4 times it", (2, 16384))
     init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
