@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 import grok_icl as g
 
+SHOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)           # that a table shows, and the last one
 SEED = 7                      # of the contexts and of the random orders
 CONTEXTS = 4                  # over which pca, fourier and similarity are averaged
 SEQUENCES = 128               # for attention, patching and progress; twice as many for labels
@@ -52,12 +53,10 @@ def contexts(lab, kind, n, examples):
     draw = torch.randint(lab.p ** 2, (n, examples), generator=generator)
     return tasks[torch.arange(n) % len(tasks)], g.grid(lab.p)[draw]
 
-
 def sites(model):
     """{site: the module that reads it}; sites are heads' outputs (B, T, H*D) and MLP neurons."""
     return {f"{name} {i}": module for i, block in enumerate(model.blocks)
             for name, module in (("heads", block.attention.out), ("neurons", block.mlp.down))}
-
 
 def run_with(changes, run):
     """run(), each module's input x replaced by f(x) of {module: f}, or kept if f returns None."""
@@ -66,7 +65,6 @@ def run_with(changes, run):
             hooks.enter_context(module.register_forward_pre_hook(lambda _, x, f=f: f(x[0])))
         return run()
 
-
 def record(modules, run):
     """The input of each of {name: module} while run() calls the model once: {name: tensor}."""
     found = {}
@@ -74,19 +72,16 @@ def record(modules, run):
               for name, module in modules.items()}, run)
     return found
 
-
 @torch.no_grad()
 def answers(lab, tokens, everywhere=True):
     """The z predicted at each query of tokens (B, 3k): (B, k). everywhere: hooks see all tokens."""
     logits = lab.model(tokens.to(lab.device), everywhere)
     return (logits[:, 1::3] if everywhere else logits).argmax(-1).cpu()
 
-
 def query_grid(task, inputs, p):
     """One context, task (2,) and inputs (n, 2), and after it each query: tokens (p*p, 3n + 3)."""
     inputs = torch.cat((inputs.expand(p * p, -1, -1), g.grid(p)[:, None]), dim=1)
     return g.to_tokens(task.expand(p * p, 2), inputs, p)
-
 
 def observed(lab):
     """After CONTEXTS contexts, kept: each site at the query's y, (n, N, p, p), and "outputs"."""
@@ -107,19 +102,16 @@ def observed(lab):
         lab.observed["outputs"] = F.layer_norm(torch.cat(outputs, -2), (lab.cfg.embd,))
     return lab.observed
 
-
 def powers(p):
     """The nonzero residues by their logarithm: base**0, base**1, ... The paper's base at p = 29."""
     rows = ([pow(base, k, p) for k in range(p - 1)] for base in ([27] if p == 29 else range(2, p)))
     return torch.tensor(next(row for row in rows if len(set(row)) == p - 1))
-
 
 def orders(group, p, n):
     """The residues in a group's order, for x and for y, then n times at random: (n + 1, 2, m)."""
     true = powers(p) if group == "multiplicative" else torch.arange(p)     # by log, without 0
     draw = torch.rand(n, 2, len(true), generator=torch.Generator().manual_seed(SEED))
     return torch.cat((true.expand(1, 2, -1), true[draw.argsort(-1)]))
-
 
 def against_null(measure, group, p, names, columns):
     """{name: {column: value, "null": 95% of random orders, "p"}} of measure(order_x, order_y)."""
@@ -130,7 +122,6 @@ def against_null(measure, group, p, names, columns):
     rows = torch.stack((scores[0], scores[1:].quantile(0.95, dim=0), tail), -1).flatten(1).tolist()
     columns = [column + what for column in columns for what in ("", " null", " p")]
     return {name: dict(zip(columns, row)) for name, row in zip([*names, "best of all"], rows)}
-
 
 def table(title, rows, note=""):
     """Print {name: {column: number or text}}, numbers in percent, None and nan as a dash."""
@@ -163,7 +154,6 @@ def memory_scores(tokens, tasks, p):
         scores.append(top.gather(2, z).squeeze(2) / top.sum(-1))
     return torch.stack(scores)
 
-
 def measure_shots(lab):
     """Accuracy on the four sets, over all and novel queries: {"set, who": (2, k)}."""
     sets, found = g.eval_sequences(lab.split, "test_ood", 8 * SEQUENCES, lab.k, lab.p, SEED), {}
@@ -172,7 +162,6 @@ def measure_shots(lab):
                   *(g.accuracy(s, tokens) for s in memory_scores(tokens, lab.split["id"], lab.p))]
         found |= {f"{name}, {who}": curve for who, curve in zip(WHO, curves)}
     return found
-
 
 def show_shots(lab, found):
     sets = ("id_train", "id_test", "test_ood_train", "test_ood_test")
@@ -190,12 +179,11 @@ def skill_of(tokens, p):
     skill = torch.where(ratio, 1, torch.where(regression, 2, 3))
     return torch.where(g.novel_queries(tokens), skill, 0)
 
-
 def measure_skills(lab):
     """All p*p queries after contexts of o.o.d. tasks, by the least skill that answers them."""
     # "accuracy" (shots, 4, 4): of any query, x = 0, y = 0 alone, neither; by skill. "right" and
     # "skill" (shots, p, p): after one context.
-    p, shots = lab.p, [s for s in g.SHOTS if 0 < s < lab.k - 1] + [lab.k - 1]
+    p, shots = lab.p, [s for s in SHOTS if s < lab.k - 1] + [lab.k - 1]
     tasks, inputs = contexts(lab, "test_ood", 3 * CONTEXTS, lab.k - 1)
     x, y = g.grid(p).T
     kinds = torch.stack((x >= 0, x == 0, (y == 0) & (x > 0), x * y > 0)).double()    # (4, p*p)
@@ -212,7 +200,6 @@ def measure_skills(lab):
         found["skill"].append(skill[0].view(p, p))
     return {name: torch.stack(values) for name, values in found.items()} | {"shots": shots}
 
-
 def show_skills(lab, found):
     rows = dict(zip(found["shots"], found["accuracy"][:, 0].tolist())) | {
         f"{lab.k - 1}, {name}": row for name, row in
@@ -221,7 +208,6 @@ def show_skills(lab, found):
           {name: dict(zip(SKILLS, row)) for name, row in rows.items()},
           f"{3 * CONTEXTS} contexts, then all {lab.p ** 2} queries; chance {100 / lab.p:.1f}")
 
-
 def draw_history(ax, history):
     names, styles = ("id_train", "id_test", "val_ood_train", "val_ood_test"), "--C7 C7 --C0 C0"
     for name, label, style in zip(names, SETS, styles.split()):
@@ -229,7 +215,6 @@ def draw_history(ax, history):
                 label=f"{label} inputs")
     ax.set(title="accuracy (%), o.o.d. on validation tasks", xlabel="training step", ylim=(0, 104))
     ax.legend()
-
 
 def draw_skills(plt, lab, found):
     fig, (ax, training) = plt.subplots(1, 2, figsize=(9, 3.4))
@@ -259,7 +244,6 @@ def lines(tokens, p):
     xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
     return g.line_of(xy.flatten(0, 1), p).view(xy.shape[:2]).masked_fill((xy == 0).all(-1), -1)
 
-
 def attention_to_line(weights, tokens, p):
     """How much heads look from a query's y at examples on its line, of an even spread: (H,)."""
     # weights (B, H, k, 3k); of novel queries with some, not all, examples on their line.
@@ -272,7 +256,6 @@ def attention_to_line(weights, tokens, p):
     on_line = (weights * same[:, None]).sum(-1)
     return (on_line * counts[:, None]).sum((0, 2)) / (even * counts[:, None]).sum((0, 2))
 
-
 def measure_attention(lab):
     """Of each head: "line", attention_to_line; "maps" (L, H, 15, 15) of the first 15 tokens."""
     tokens = g.to_tokens(*contexts(lab, "test_ood", SEQUENCES, lab.k), lab.p)
@@ -283,10 +266,8 @@ def measure_attention(lab):
     return {"line": dict(zip(lab.heads, line.tolist())),
             "maps": torch.stack([w[:, :, :15, :15].mean(0) for w in weights])}
 
-
 def show_attention(lab, found):
     table("Attention from a query's y to its line, in % of an even spread", {"head": found["line"]})
-
 
 def draw_attention(plt, lab, found):
     L, H, T = found["maps"].shape[:3]
@@ -308,7 +289,6 @@ def plane_of(points):
     _, directions = torch.linalg.eigh(points.mT @ points)                  # ascending
     return torch.view_as_complex((points @ directions[..., -2:]).flip(-1))
 
-
 def head_planes(lab, n=CONTEXTS):
     """The plane of each head's output at two positions, as in figure 6: {name: (n, p, p)}."""
     outputs, found = observed(lab)["outputs"][:n], {}                          # (n, p, p, 3, LH, C)
@@ -318,7 +298,6 @@ def head_planes(lab, n=CONTEXTS):
             found[f"{head} at {pair}"] = plane_of(points).unflatten(1, (lab.p, lab.p))
     return found
 
-
 def character_power(f, order_x, order_y):
     """Power of functions (..., p, p) in each character (k, l) of a group, the mean's 0."""
     # A character is exp(2 pi i (k u + l v) / m), u and v the places of x and y: (..., m, m).
@@ -326,11 +305,9 @@ def character_power(f, order_x, order_y):
     power[..., 0, 0] = 0
     return power
 
-
 def conjugate(power):
     """The power in the conjugate (-k, -l) of each character (k, l)."""
     return power.flip(-2, -1).roll((1, 1), (-2, -1))
-
 
 def circles(planes, order_x, order_y):
     """Share of the variance of planes (..., p, p) that is one circle, and that is two: (..., 2)."""
@@ -339,7 +316,6 @@ def circles(planes, order_x, order_y):
     power = character_power(planes, order_x, order_y)
     best = (power - conjugate(power)).flatten(-2).topk(2).values.cumsum(-1)
     return best / power.sum((-2, -1)).clamp(min=1e-30)[..., None]
-
 
 def measure_pca(lab):
     """{group: {head: {"circle", "two circles", nulls}}}; "planes" (2, p, p) of "clearest" heads."""
@@ -353,12 +329,10 @@ def measure_pca(lab):
                 max(heads, key=lambda name: rows[name]["two circles"] - rows[name]["circle"])]
     return found | {"clearest": clearest, "planes": torch.stack([heads[h][0] for h in clearest])}
 
-
 def show_pca(lab, found):
     table("PCA of heads' outputs: share of the plane, in %, that is a circle by logarithm",
           found["multiplicative"] | {"best by residue": found["additive"]["best of all"]},
           f"mean of {CONTEXTS} contexts; null: 95% of {NULLS} random orders")
-
 
 def scatter(ax, plane, residue, p, like):
     """Points (n,), coloured by log residue * the frequency of the circle `like`; 0 is black."""
@@ -367,7 +341,6 @@ def scatter(ax, plane, residue, p, like):
     logs, wave = powers(p).argsort()[residue[~zero] - 1], torch.zeros(p - 1, dtype=plane.dtype)
     k = torch.fft.fft(wave.index_add(0, logs, like[~zero]))[1:].abs().argmax() + 1
     return ax.scatter(*at[~zero].T, c=logs * k % (p - 1), cmap="hsv", s=8, vmin=0, vmax=p - 1)
-
 
 def draw_pca(plt, lab, found):
     (x, y), (one, two), (plane, double) = g.grid(lab.p).T, found["clearest"], found["planes"]
@@ -394,14 +367,12 @@ def one_frequency(f, order_x, order_y):
     one = (shares.amax((-2, -1)) >= 0.25).float().mean()
     return torch.stack((one, shares[:, k, -k].sum(1).mean()))
 
-
 def keep_characters(f, order, mask):
     """Functions f (n, p, p) with only those characters that mask (n, m, m) has, and the mean."""
     f, at, mask = f.clone(), (..., order[:, None], order), mask.clone()
     mask[..., 0, 0] = True
     f[at] = torch.fft.ifft2(torch.fft.fft2(f[at]) * mask).real.to(f)
     return f
-
 
 def accuracy_with(lab, site, group, n):
     """Accuracy on ratio queries without zeros if a site keeps n characters of each function."""
@@ -419,7 +390,6 @@ def accuracy_with(lab, site, group, n):
     counts = (skill_of(tokens, lab.p)[:, -1] == 1) & (g.grid(lab.p) > 0).all(1)
     return (said[:, -1] == tokens[:, -1])[counts].float().mean().item()
 
-
 def measure_fourier(lab):
     """{group: {site: one_frequency and its null}}, "kept": {"site, group": {n: accuracy_with}}."""
     fs = {site: observed(lab)[site][:2] for site in sites(lab.model)}                # (2, n, p, p)
@@ -430,7 +400,6 @@ def measure_fourier(lab):
         for group in GROUPS}
     return found | {"kept": {f"{site}, {group}": {
         n: accuracy_with(lab, site, group, n) for n in KEPT} for site in fs for group in GROUPS}}
-
 
 def show_fourier(lab, found):
     for group in GROUPS:
@@ -454,7 +423,6 @@ def ratio_gap(similarity, order_x, order_y):
     unequal = similarity.sum((1, 2)) - equal
     return equal / (m * m * (m - 1)) - unequal / (m * m * (m - 1) * (m - 2))
 
-
 def measure_similarity(lab):
     """"gaps": {head and position: ratio_gap and its null}; "image": the clearest's similarity."""
     x, y = g.grid(lab.p).T
@@ -467,11 +435,9 @@ def measure_similarity(lab):
     clearest = max(names, key=lambda name: gaps[name]["gap"])
     return {"gaps": gaps, "clearest": clearest, "image": similarity[names.index(clearest)]}
 
-
 def show_similarity(lab, found):
     table("Cosine similarity times 100: inputs of equal ratio y/x less unequal", found["gaps"],
           f"null: 95% of {NULLS} random orders of the residues")
-
 
 def draw_similarity(plt, lab, found):
     x, ratio = powers(lab.p).repeat(lab.p - 1), powers(lab.p).repeat_interleave(lab.p - 1)
@@ -493,7 +459,6 @@ def parts_of(lab):
              for i in range(lab.cfg.depth) for h in range(lab.cfg.heads)}
     return parts | {f"MLP {i}": (f"neurons {i}", slice(None)) for i in range(lab.cfg.depth)}
 
-
 def answers_with(lab, tokens, values, changes):
     """answers() where each of changes, (part, positions), reads {site: (T, n) or (B, T, n)}."""
     parts = parts_of(lab)
@@ -506,7 +471,6 @@ def answers_with(lab, tokens, values, changes):
         return x
     return run_with({module: lambda x, site=site: put(x, site)
                      for site, module in sites(lab.model).items()}, lambda: answers(lab, tokens))
-
 
 def measure_patching(lab):
     """{"parts": {part: {"held x": accuracy on ratio queries, ..., "patched x": ..., ...}}}."""
@@ -532,7 +496,6 @@ def measure_patching(lab):
                              for how, values in (("held", (means,)), ("patched", (other, theirs)))
                              for at, where in POSITIONS.items()} for part in parts_of(lab)}}
 
-
 def show_patching(lab, found):
     table("Ratio queries, in %: right with a part held; as the other task with it patched",
           found["parts"], f"nothing held: {100 * found['nothing']:.1f}; all heads held but "
@@ -549,11 +512,9 @@ def pick(lab, shots, n):
     good = ((line[:, :-1] == line[:, -1:]).sum(1) == n) & g.novel_queries(tokens)[:, -1]
     return tokens[good & (line[:, -1] >= 0)][:2 * SEQUENCES]
 
-
 def divide(a, b, p):
     """a / b mod p, elementwise; p where b is 0."""
     return g.line_of(torch.stack((b, a), -1), p)
-
 
 def measure_labels(lab):
     """{shots: how often the answer moves as an algorithm says if one z is changed by delta}."""
@@ -582,7 +543,6 @@ def measure_labels(lab):
         c = divide((x * s - y * r) % p, (u * s - v * r) % p, p)                      # Cramer's rule
         found[2]["two off"] = moves(tokens[c < p], 0 * c[c < p], c[c < p])           # independent
     return found
-
 
 def show_labels(lab, found):
     table("One example's z changed: how often, in %, the answer moves as an algorithm says", found,
@@ -622,7 +582,6 @@ def measure_progress(lab):
     return {name: torch.stack([row[name] for row in found]) for name in found[0]} | {
         "head": head, "sizes": sizes, "history": now.history}
 
-
 def show_progress(lab, found):
     columns = [*SKILLS[:3], "circle", "line", *(f"order {d}" for d in found["sizes"])]
     rows = torch.column_stack([found[n] for n in ("skill", "circle", "line", "subgroup")]).tolist()
@@ -630,7 +589,6 @@ def show_progress(lab, found):
           {step: dict(zip(columns, row)) for step, row in zip(found["step"].tolist(), rows)},
           f"circle: head {found['head']}; line: attention to it, of an even spread, most of all "
           "heads; order: on one line, answer / z is in that subgroup")
-
 
 def draw_progress(plt, lab, found):
     steps, last = found["step"].tolist(), found["plane"][-1].flatten()
@@ -651,21 +609,31 @@ def draw_progress(plt, lab, found):
 # Many runs: what share of the possible each reaches, and its phase (figure 1b)
 # -------------------------------------------------------------------------------------------------
 
+def held_out(runs):
+    """{(p, seed): the set of test o.o.d. tasks that all runs of it share}; BadInput if none."""
+    common = {}
+    for checkpoint, cfg, _ in runs.values():
+        tasks = set(map(tuple, checkpoint["split"]["test_ood"].tolist()))
+        common[cfg.p, cfg.seed] = common.get((cfg.p, cfg.seed), tasks) & tasks
+    for (p, seed), tasks in common.items():
+        if not tasks:
+            raise g.BadInput(f"phases: the runs with --p {p} --seed {seed} have no held-out task "
+                             "in common to be compared on; give fewer of them")
+    return common
+
 def measure_phases(runs):
     """{run: its config, (accuracy - chance) / (Ratio Matching's - chance) on four sets, phase}."""
     # Novel queries of o.o.d. tasks that no run of the same p and seed learned from or stopped by.
-    found = {}
+    found, common = {}, held_out(runs)
     for name, (checkpoint, cfg, model) in runs.items():
-        held_out = set.intersection(*(
-            set(map(tuple, other["split"]["test_ood"].tolist())) for other, its, _ in runs.values()
-            if (its.p, its.seed) == (cfg.p, cfg.seed)))
-        split = checkpoint["split"] | {"test_ood": torch.tensor(sorted(held_out))}
+        split = checkpoint["split"] | {"test_ood": torch.tensor(sorted(common[cfg.p, cfg.seed]))}
         sets = g.eval_sequences(split, "test_ood", 8 * SEQUENCES, cfg.examples, cfg.p, SEED)
+        sets = {kind: tokens.to(model.norm.weight.device) for kind, tokens in sets.items()}
         right, ratio = torch.tensor([
             (g.evaluate(model, tokens)[1, -1], g.oracle_accuracy(tokens, cfg.p)[0][1, -1])
             for tokens in sets.values()]).T
-        memory = memory_scores(sets["test_ood_train"], split["id"], cfg.p)[1]
-        memory = g.accuracy(memory, sets["test_ood_train"])[1, -1:]
+        memory = memory_scores(sets["test_ood_train"].cpu(), split["id"], cfg.p)[1]
+        memory = g.accuracy(memory, sets["test_ood_train"].cpu())[1, -1:]
         share = (torch.cat((right, memory)) - 1 / cfg.p) / (ratio[[0, 1, 2, 3, 2]] - 1 / cfg.p)
         found[name] = {k: str(getattr(cfg, k)) for k in "p tasks alpha depth embd seed".split()}
         found[name] |= dict(zip((*SETS, "best fit"), share.tolist()))
@@ -673,12 +641,10 @@ def measure_phases(runs):
         found[name]["phase"] = "".join(w[0].upper() for w in words) if len(words) == 2 else "?"
     return found
 
-
 def show_phases(runs, found):
     table("Share of what Ratio Matching can, in % (0 is chance), on novel queries", found,
           "best fit: a memory of the pre-training tasks, on o.o.d. tasks and train inputs; phase: "
           "I, O: i.d., o.o.d.; M, G: memorization, generalization; ?: none of these")
-
 
 def draw_phases(plt, runs, found):
     tasks = np.array([int(row["tasks"]) for row in found.values()])
@@ -724,17 +690,16 @@ def open_lab(path, device):
         parts=PARTS if snapshots else PARTS[:-1],                # the last is progress
         **{name: checkpoint[name] for name in ("split", "step", "history")})
 
-
-def open_runs(folders):
-    """{folder: (checkpoint, config, model)} of the runs under the folders."""
-    runs = {}
+def open_runs(folders, device):
+    """{folder: (checkpoint, config, model)} of the runs under the folders, comparable by phases."""
+    runs, device = {}, g.pick_device(device)
     for folder in folders or ["out"]:
         files = sorted(glob.glob(os.path.join(glob.escape(folder), "**/best.pt"), recursive=True))
         if not files:
-            raise ValueError(f"{folder}: no run (a folder with best.pt) there")
-        runs |= {os.path.dirname(file): g.load_checkpoint(file) for file in files}
+            raise g.BadInput(f"{folder}: no run (a folder with best.pt) there")
+        runs |= {os.path.dirname(file): g.load_checkpoint(file, device) for file in files}
+    held_out(runs)
     return runs
-
 
 def save(out, found):
     """{part: {name: value}} to out/analysis.json, the tensors among them to out/analysis.npz."""
@@ -745,34 +710,8 @@ def save(out, found):
     text = json.dumps(found, indent=1, default=lambda tensor: "in analysis.npz")
     g.write_file(os.path.join(out, "analysis.json"), text.encode())
 
-
-def main(argv=None):
-    """Measure, print, draw. Returns the exit code; bad input is one line on stderr and code 2."""
-    def refuse(message):
-        raise ValueError(message)
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, usage="analyze.py RUN|FILE [part ...] | phases [DIR ...]")
-    parser.error = refuse
-    parser.add_argument("path", metavar="RUN|FILE", help="a run's folder, a checkpoint, or: phases")
-    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)} [all]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
-    parser.add_argument("--out", help="folder to write to [the run's; for FILE.pt FILE; else here]")
-    try:
-        args = parser.parse_intermixed_args(argv)
-        phases = args.path == "phases"
-        lab = open_runs(args.parts) if phases else open_lab(args.path, args.device)
-        parts = ["phases"] if phases else args.parts or lab.parts
-        for part in parts:
-            if not phases and part not in lab.parts:
-                raise ValueError(f"{part}: not of {', '.join(lab.parts)} (progress: --snapshots)")
-        out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
-                           os.path.splitext(args.path)[0])
-        os.makedirs(out, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()                  # can it be written?
-    except (ValueError, OSError) as e:
-        where = f"error: --out {out}: " if isinstance(e, OSError) else "error: "
-        print(where + " ".join(str(e).split()), file=sys.stderr)
-        return 2
+def analyze(lab, parts, out):
+    """Measure, print, draw and save each part."""
     try:
         from matplotlib import animation, pyplot as plt  # noqa: F401: draw_progress uses both
         plt.switch_backend("agg")
@@ -792,6 +731,38 @@ def main(argv=None):
             written.append(name)
     print(f"\nWrote {', '.join(written)} to {out}")
 
+def main(argv=None):
+    """Measure, print, draw. Returns the exit code; bad input is one line on stderr and code 2."""
+    def refuse(message):
+        raise g.BadInput(message)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, usage="analyze.py RUN|FILE [part ...] | phases [DIR ...]")
+    parser.error = refuse
+    parser.add_argument("path", metavar="RUN|FILE", help="a run's folder, a checkpoint, or: phases")
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)} [all]")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
+    parser.add_argument("--out", help="folder to write to [the run's; for FILE.pt FILE; else here]")
+    try:
+        args = parser.parse_intermixed_args(argv)
+        phases = args.path == "phases"
+        lab = open_runs(args.parts, args.device) if phases else open_lab(args.path, args.device)
+        parts = ["phases"] if phases else args.parts or lab.parts
+        for part in parts:
+            if not phases and part not in lab.parts:
+                raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (progress: --snapshots)")
+        for file in lab.snapshots if "progress" in parts else []:
+            g.load_checkpoint(file)                              # a damaged one is named now
+        out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
+                           os.path.splitext(args.path)[0])
+        try:
+            os.makedirs(out, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()              # can it be written?
+        except OSError as e:
+            raise g.BadInput(f"--out {out}: {e}")
+        analyze(lab, parts, out)
+        sys.stdout.flush()
+    except Exception as e:
+        return g.complain(e, "ask for one part at a time")
 
 if __name__ == "__main__":
     try:

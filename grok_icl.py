@@ -17,11 +17,13 @@ trained on from the examples in front of it: in-context learning, out of distrib
     python grok_icl.py --preset paper            as published; wants a GPU
 """
 import argparse
+import contextlib
 import io
 import math
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
@@ -36,10 +38,12 @@ from tqdm import tqdm
 # 1. Config
 # -------------------------------------------------------------------------------------------------
 
+class BadInput(ValueError):
+    """What the user can mend: main shows it as one line on stderr and returns 2."""
+
 def option(default, paper, help, accepts=None):
     """A field with its default, the paper's value, and what it accepts: (low, high) or a list."""
     return field(default=default, metadata=dict(paper=paper, help=help, accepts=accepts))
-
 
 @dataclass
 class Config:
@@ -49,14 +53,14 @@ class Config:
     tasks: int = option(512, 512, "pre-training tasks (a, b), out of p*p", (1, 10**6))
     alpha: float = option(0.8, 0.8, "fraction of the p*p inputs (x, y) that is trained on", (0, 1))
     examples: int = option(32, 32, "examples in a sequence, three tokens each", (2, 512))
-    random_tasks: bool = option(False, False, "pre-training tasks at random, not by rectangles")
     # the transformer
     depth: int = option(2, 2, "transformer blocks; the paper has 2, 4 and 6", (1, 100))
     heads: int = option(4, 4, "attention heads a block, best up to 32 wide", (1, 256))
     embd: int = option(128, 512, "width of the residual stream; the MLP is 4 times it", (2, 16384))
     init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
-    curriculum: bool = option(True, False, "few lines through the origin first; see pace()")
+    curriculum: int = option(2000, 0, "steps that the curriculum may take; 0: none", (0, 10**9))
+    spread: bool = option(True, False, "on few lines, gaps between examples; spread_positions()")
     score_y: bool = option(True, False, "while the curriculum has one line, learn y as well")
     axes: bool = option(False, False, "every other sequence begins with an example on each axis")
     shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
@@ -64,8 +68,8 @@ class Config:
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
     wd: float = option(0.2, 2.0, "weight decay of matrices and embedding", (0, 1e3))
-    batch: int = option(512, 1024, "sequences a step", (1, 10**6))
-    steps: int = option(1500, 200_000, "training steps; the schedule ends here", (1, 10**9))
+    batch: int = option(64, 1024, "sequences a step, more while they are short", (1, 10**6))
+    steps: int = option(700, 200_000, "steps with all lines; the rate falls over them", (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
     seed: int = option(0, 0, "seed of the split, the initial weights and the batches", (0, 2**62))
     # how it is run: what --resume may change
@@ -78,7 +82,6 @@ class Config:
     compile: str = option("auto", "auto", "torch.compile; auto: on cuda", ["auto", "on", "off"])
     out: str = option("", "", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, False, "continue the run in --out")
-
 
 NAMES = [f.name for f in fields(Config)]
 FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
@@ -97,10 +100,8 @@ PACE_EVERY = 10               # steps between looks at that share
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 4096       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
-SHOTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)                    # that a table shows, and the last one
-STATE = ("split", "step", "history", "lines")                # of a run, beside weights and moments
+STATE = ("split", "step", "history", "lines", "end")         # of a run, beside weights and moments
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
-
 
 def rank_and_world():
     """(This process's number, how many there are), from torchrun."""
@@ -114,15 +115,12 @@ def grid(p):
     """All p*p pairs of residues, (p*p, 2): the tasks (a, b), and also the inputs (x, y)."""
     return torch.cartesian_prod(torch.arange(p), torch.arange(p))
 
-
 def choose_rectangles(p, n, generator, tries=100):
-    """
-    n pre-training tasks by the paper's rectangular rule, (n, 2).
+    """n pre-training tasks by the paper's rectangular rule, (n, 2).
 
     To a task (a, b) drawn at random add (a', b), (a, b') and (a', b') with a' != a and b' != b, all
     new. So every task shares each of its components with another one, which shows the model that
-    the two can vary apart. Raises ValueError where no rectangle is left.
-    """
+    the two can vary apart. Raises BadInput where no rectangle is left."""
     free, tasks = torch.ones(p, p, dtype=torch.bool), []
     for a, b in grid(p)[torch.randperm(p * p, generator=generator)].tolist():
         if not free[a, b] or len(tasks) == n:
@@ -136,26 +134,19 @@ def choose_rectangles(p, n, generator, tries=100):
     if len(tasks) < n and tries > 0:                         # an unlucky start has blocked itself
         return choose_rectangles(p, n, generator, tries - 1)
     if len(tasks) < n:
-        raise ValueError(f"--tasks {n}: no {n // 4} disjoint rectangles found among {p}*{p} "
-                         f"tasks; take fewer, or --random-tasks")
+        raise BadInput(f"--tasks {n}: no {n // 4} disjoint rectangles in {p}*{p} tasks; take fewer")
     return torch.tensor(tasks)
 
-
 def make_split(cfg):
-    """
-    Who is trained on, and who only tested: a dict of (n, 2) tensors of residues.
+    """Who is trained on, and who only tested: a dict of (n, 2) tensors of residues.
 
     "id" are the pre-training tasks. The others are out of distribution, in two halves (the paper
     has one): early stopping looks at "val_ood", the closing report alone at "test_ood".
-    "train_inputs" and "test_inputs" split the inputs; all tasks share them. Runs that differ in the
-    number of tasks alone have the same inputs, and nested tasks (unless rectangles had to retry).
-    """
+    "train_inputs" and "test_inputs" split the inputs; all tasks share them. Runs of one seed with
+    more or fewer tasks have the same inputs, and the fewer are among the more (but for retries)."""
     generator, p = torch.Generator().manual_seed(cfg.seed), cfg.p
     inputs, others = (grid(p)[torch.randperm(p * p, generator=generator)] for _ in range(2))
-    if cfg.random_tasks:
-        tasks = grid(p)[torch.randperm(p * p, generator=generator)[:cfg.tasks]]
-    else:
-        tasks = choose_rectangles(p, cfg.tasks, generator)
+    tasks = choose_rectangles(p, cfg.tasks, generator)
     is_id = torch.zeros(p, p, dtype=torch.bool)
     is_id[tasks[:, 0], tasks[:, 1]] = True
     ood = others[~is_id[others[:, 0], others[:, 1]]]
@@ -163,12 +154,10 @@ def make_split(cfg):
     return {"id": tasks, "val_ood": ood[:n_val], "test_ood": ood[n_val:],
             "train_inputs": inputs[:n_train], "test_inputs": inputs[n_train:]}
 
-
 def to_tokens(tasks, inputs, p):
     """Tasks (B, 2) and inputs (B, k, 2), both residues -> tokens x y z x y z ... (B, 3k)."""
     z = (tasks[:, None] * inputs).sum(-1, keepdim=True) % p                          # (B, k, 1)
     return torch.cat((inputs, z), dim=-1).flatten(1)                                 # (B, 3k)
-
 
 def line_of(inputs, p):
     """The line through the origin of each input (n, 2): its ratio y/x; p for x = 0 and (0, 0)."""
@@ -176,24 +165,29 @@ def line_of(inputs, p):
     x, y = inputs.unbind(-1)
     return torch.where(x > 0, y * inverse[x] % p, p)                                 # (n,)
 
+def step_shape(cfg, lines):
+    """(sequences, examples in each) of a training step while that many lines are allowed.
+
+    Few lines need few examples, and of short sequences a step can hold more at the same cost."""
+    if lines > cfg.p:
+        return cfg.batch, cfg.examples
+    k = min(cfg.examples, 8 if lines <= 2 else 16)
+    return 2 * cfg.batch * (cfg.examples // k), k
 
 def training_batch(split, line, cfg, lines, generator):
-    """
-    A batch of cfg.batch sequences, (B, 3k) tokens. In it no task comes twice before all came once.
+    """The sequences of a step, tokens (B, 3k). In it no task comes twice before all came once.
 
     Inputs are drawn evenly, with replacement; line is line_of(split["train_inputs"]). In the
     curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line
     any example but (0, 0) answers any query by Ratio Matching: the model learns to divide. With
-    more it must also find the example to divide by. Few lines need few examples, which saves
-    time: k is 8 up to two lines, 16 until all are allowed, then cfg.examples. Then, with cfg.axes,
-    every other choice of inputs begins on the axes, (x, 0), (0, y): easy for Modular Regression.
-    """
+    more it must also find the example to divide by. With cfg.axes and all lines, every other choice
+    of inputs begins on the axes, (x, 0), (0, y): there Modular Regression is easy."""
     tasks, inputs = split["id"], split["train_inputs"]
-    k = cfg.examples if lines > cfg.p else min(cfg.examples, 8 if lines <= 2 else 16)
-    rounds = math.ceil(cfg.batch / len(tasks))
+    batch, k = step_shape(cfg, lines)
+    rounds = math.ceil(batch / len(tasks))
     order = torch.cat([torch.randperm(len(tasks), generator=generator, device=line.device)
-                       for _ in range(rounds)])[:cfg.batch]
-    n = rounds if cfg.shared_inputs else cfg.batch           # choices of inputs
+                       for _ in range(rounds)])[:batch]
+    n = rounds if cfg.shared_inputs else batch               # choices of inputs
     allowed = torch.ones(n, cfg.p + 1, device=line.device)   # which of the p + 1 lines
     if lines <= cfg.p:
         kept = torch.randint(len(line), (n, lines), generator=generator, device=line.device)
@@ -204,16 +198,27 @@ def training_batch(split, line, cfg, lines, generator):
             weights = (line == axis) + 1e-9                  # if none is trained on: any
             chosen[::2, i] = torch.multinomial(weights, len(chosen[::2]), True, generator=generator)
     if cfg.shared_inputs:
-        chosen = chosen.repeat_interleave(len(tasks), 0)[:cfg.batch]
+        chosen = chosen.repeat_interleave(len(tasks), 0)[:batch]
     return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
 
+def spread_positions(cfg, lines, generator):
+    """Where the tokens of that step's sequences stand, (3k,): 0, 1, 2, ... from four lines on.
+
+    On one line the preceding example answers every query. A model that finds it by its distance,
+    always three tokens back, learns to divide, but not to look for an example by what it says, and
+    then stays on two lines for ever. So up to two lines the k examples, in their order, take random
+    places out of 1.5 k, anew for each step, and the distance to the preceding one changes."""
+    k = step_shape(cfg, lines)[1]
+    place = torch.arange(k, device=generator.device)
+    if cfg.spread and lines <= 2:
+        places = min(cfg.examples, 3 * k // 2)
+        place = torch.randperm(places, generator=generator, device=generator.device)[:k].sort()[0]
+    return (3 * place[:, None] + torch.arange(3, device=generator.device)).flatten()       # (3k,)
 
 def eval_sequences(split, ood, n, k, p, seed):
-    """
-    The four sets of the paper as token sequences, {name: (n, 3k)}; ood: "val_ood" or "test_ood".
+    """The four sets of the paper as token sequences, {name: (n, 3k)}; ood: "val_ood" or "test_ood".
 
-    Each sequence draws its own inputs; those of a test set, examples too, are test inputs.
-    """
+    Each sequence draws its own inputs; those of a test set, examples too, are test inputs."""
     sets, generator = {}, torch.Generator().manual_seed(seed)
     for kind in ("id", ood):
         for side in ("train", "test"):
@@ -232,15 +237,13 @@ def rotary_tables(length, width):
     angles = torch.outer(torch.arange(length), frequencies)
     return angles.cos(), angles.sin()
 
-
 def rotate(x, cos, sin):
     """Turn pairs (u, v) of x (..., T, D) by their position's angle: scores depend on distances."""
     u, v = x.chunk(2, dim=-1)
     return torch.cat((u * cos - v * sin, u * sin + v * cos), dim=-1)
 
-
 class Attention(nn.Module):
-    """Causal multi-head self-attention. Queries are asked at the positions `at`, all by default."""
+    """Causal multi-head self-attention. Queries are asked at the tokens `at`, all by default."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -254,17 +257,17 @@ class Attention(nn.Module):
         for name, table in dict(cos=cos, sin=sin, future=future).items():
             self.register_buffer(name, table, persistent=False)
 
-    def forward(self, x, at=slice(None)):
+    def forward(self, x, positions=None, at=slice(None)):
         T = x.size(1)                                                                # x (B, T, C)
+        positions = slice(T) if positions is None else positions[:T]
+        cos, sin = self.cos[positions], self.sin[positions]                          # (T, D / 2)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, H, Q or T, D)
                    for t in (self.query(x[:, at]), self.key(x), self.value(x)))
-        q = rotate(q, self.cos[:T][at], self.sin[:T][at])                            # (B, H, Q, D)
-        k = rotate(k, self.cos[:T], self.sin[:T])                                    # (B, H, T, D)
+        q, k = rotate(q, cos[at], sin[at]), rotate(k, cos, sin)    # (B, H, Q, D), (B, H, T, D)
         scores = (q / math.sqrt(q.size(-1))) @ k.mT                                  # (B, H, Q, T)
         scores = scores + self.future[:T, :T][at].to(scores.dtype)       # to keep autocast's type
         heads = self.softmax(scores) @ v                                             # (B, H, Q, D)
         return self.out(heads.transpose(1, 2).flatten(2))                            # (B, Q, C)
-
 
 class MLP(nn.Module):
     """Two matrices and a ReLU; its neurons are the numbers between them."""
@@ -277,7 +280,6 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.down(F.relu(self.up(x)))
 
-
 class Block(nn.Module):
     """Attention, then MLP; each reads the normalized residual stream and adds to it."""
 
@@ -286,10 +288,9 @@ class Block(nn.Module):
         self.norm1, self.attention = nn.LayerNorm(cfg.embd), Attention(cfg)
         self.norm2, self.mlp = nn.LayerNorm(cfg.embd), MLP(cfg)
 
-    def forward(self, x, at=slice(None)):
-        x = x[:, at] + self.attention(self.norm1(x), at)                             # (B, Q, C)
+    def forward(self, x, positions=None, at=slice(None)):
+        x = x[:, at] + self.attention(self.norm1(x), positions, at)                     # (B, Q, C)
         return x + self.mlp(self.norm2(x))
-
 
 class GPT(nn.Module):
     """The paper's transformer, on sequences x y z x y z ... of at most cfg.examples examples."""
@@ -305,18 +306,17 @@ class GPT(nn.Module):
                 shrink = math.sqrt(2 * cfg.depth) if name.endswith("mlp.down.weight") else 1
                 nn.init.normal_(weight, std=cfg.init_std / shrink)
 
-    def forward(self, tokens, everywhere=False):
-        """
-        Logits of each z from the tokens before it: tokens (B, T) -> (B, k, p).
+    def forward(self, tokens, everywhere=False, positions=None):
+        """Logits of each z from the tokens before it: tokens (B, T) -> (B, k, p).
 
         A z is predicted at the y before it, positions 1, 4, 7, ... To save time the last block asks
         there alone; its keys and values come from everywhere. everywhere=True: logits (B, T, p).
-        """
+        positions: the positions of the tokens, (T,) or longer, by default 0, 1, 2, ..."""
         x = self.embedding(tokens)                                                   # (B, T, C)
         *others, last = self.blocks
         for block in others:
-            x = block(x)
-        x = last(x, slice(None) if everywhere else slice(1, None, 3))                # (B, k, C)
+            x = block(x, positions)
+        x = last(x, positions, slice(None) if everywhere else slice(1, None, 3))        # (B, k, C)
         return self.norm(x) @ self.embedding.weight.T                                # (B, k, p)
 
 # -------------------------------------------------------------------------------------------------
@@ -329,15 +329,12 @@ def novel_queries(tokens):
     same = (xy[:, :, None] == xy[:, None, :]).all(-1)                                # (B, k, k)
     return ~same.tril(-1).any(-1)
 
-
 def solvable(tokens, p):
-    """
-    What the examples before each query determine, exactly: two bool tensors (B, k).
+    """What the examples before each query determine, exactly: two bool tensors (B, k).
 
     Ratio Matching answers (x, y) = c (x_i, y_i) with c z_i: it needs an earlier example other than
     (0, 0) on the query's line through the origin, or any at all for the query (0, 0). Modular
-    Regression combines examples: it needs that, or two on different lines, or the query (0, 0).
-    """
+    Regression combines examples: it needs that, or two on different lines, or the query (0, 0)."""
     xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
     x, y = xy.unbind(-1)
     cross = (x[:, :, None] * y[:, None, :] - y[:, :, None] * x[:, None, :]) % p      # (B, k, k)
@@ -348,13 +345,11 @@ def solvable(tokens, p):
     two_lines = torch.cat((torch.zeros_like(plane[:, :1]), plane[:, :-1]), dim=1)
     return ratio, ratio | two_lines | origin
 
-
 def accuracy(hits, tokens):
     """Mean of hits (B, k), bools or scores, at each shot over all and novel queries: (2, k)."""
     novel = torch.cat([novel_queries(t) for t in tokens.split(CHUNK)])
     chosen = torch.stack((torch.ones_like(novel), novel))                            # (2, B, k)
     return (hits * chosen).sum(1).cpu().double() / chosen.sum(1).cpu()
-
 
 @torch.no_grad()
 def evaluate(predict, tokens):
@@ -362,12 +357,10 @@ def evaluate(predict, tokens):
     hits = [predict(t[:, :-1]).argmax(-1) == t[:, 2::3] for t in tokens.split(CHUNK)]
     return accuracy(torch.cat(hits), tokens)
 
-
 def oracle_accuracy(tokens, p):
     """Expected accuracies (2, k) of Ratio Matching and Modular Regression, guessing included."""
     solved = torch.cat([torch.stack(solvable(t, p)) for t in tokens.split(CHUNK)], dim=1)
     return [accuracy(torch.where(s, 1.0, 1 / p), tokens) for s in solved]
-
 
 def phase(model, ratio, p):
     """Phase (figure 1b) of four novel-query accuracies; good: halfway to Ratio Matching's."""
@@ -382,12 +375,10 @@ def phase(model, ratio, p):
 # -------------------------------------------------------------------------------------------------
 
 def make_optimizers(model, cfg):
-    """
-    Muon for the blocks' matrices (or AdamW, as in the paper), AdamW for the rest; a list.
+    """Muon for the blocks' matrices (or AdamW, as in the paper), AdamW for the rest; a list.
 
     Muon steps along the orthogonal matrix nearest to the momentum, so all directions of a matrix
-    learn at one rate. Matrices and embedding decay, LayerNorm does not.
-    """
+    learn at one rate. Matrices and embedding decay, LayerNorm does not."""
     embedding = model.embedding.weight
     matrices = [w for w in model.parameters() if w.ndim == 2 and w is not embedding]
     groups = [dict(params=[embedding], lr=cfg.embd_lr, weight_decay=cfg.wd),
@@ -403,20 +394,18 @@ def make_optimizers(model, cfg):
             group["peak_lr"] = group["lr"]
     return optimizers
 
-
-def lr_factor(step, warmup, steps):
-    """Learning rate as a share of its peak: a linear warm-up from 0.01, then a cosine to 0.1."""
-    if step < warmup:
-        return 0.01 + 0.99 * step / warmup
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
-
+def lr_factor(step, cfg, end):
+    """Learning rate, as a share of its peak: it rises from 0.01 over cfg.warmup steps, stays at the
+    peak during the curriculum, and falls by a cosine to 0.1 over the last cfg.steps before end."""
+    if step < cfg.warmup:
+        return 0.01 + 0.99 * step / cfg.warmup
+    begin = max(cfg.warmup, end - cfg.steps)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * max(0, step - begin) / (end - begin))) / 2
 
 def pace(run, cfg, logits, batch):
-    """
-    The curriculum (not in the paper): twice as many lines once the present ones are mastered, that
-    is, once the logits (B, k, p) get more than MASTERED of the z in a batch (B, 3k) right that
-    Ratio Matching can answer. It ends with all p + 1 lines.
-    """
+    """The curriculum (not in the paper): twice as many lines once the present ones are mastered,
+    that is, once the logits (B, k, p) get more than MASTERED of the z in a batch (B, 3k) right that
+    Ratio Matching can answer. With all p + 1 lines it is over, and the last cfg.steps begin."""
     can, _ = solvable(batch, cfg.p)
     right = can & (logits.argmax(-1) == batch[:, 2::3])
     counts = torch.stack((right.sum(), can.sum()))
@@ -424,45 +413,39 @@ def pace(run, cfg, logits, batch):
         dist.all_reduce(counts)
     if counts[0] > MASTERED * counts[1]:
         run.lines = min(2 * run.lines, cfg.p + 1)
+        if run.lines > cfg.p:
+            run.end = run.step + cfg.steps
 
-
-def training_loss(model, batch, score_y):
-    """
-    Cross-entropy of the z in a batch (B, 3k), and their logits (B, k, p). score_y adds that of y.
+def training_loss(model, batch, score_y, positions=None):
+    """Cross-entropy of the z in a batch (B, 3k), and their logits (B, k, p); score_y: of y, too.
 
     Scoring y is not in the paper. On one line y = r x, with one r for the whole line: an example's
-    ratio y/x predicts y. By this ratio the model later finds the example on the query's line.
-    """
-    logits, loss = model(batch[:, :-1], everywhere=score_y), 0           # (B, k or 3k - 1, p)
+    ratio y/x predicts y. By this ratio the model later finds the example on the query's line."""
+    logits, loss = model(batch[:, :-1], score_y, positions), 0           # (B, k or 3k - 1, p)
     if score_y:
         loss = F.cross_entropy(logits[:, ::3].flatten(0, 1), batch[:, 1::3].flatten())
         logits = logits[:, 1::3]                                                     # (B, k, p)
     return loss + F.cross_entropy(logits.flatten(0, 1), batch[:, 2::3].flatten()), logits
 
-
 def early_stopping(history, patience, chance):
-    """
-    From the evaluations so far: (index of the one to keep, whether to stop now).
+    """From the evaluations so far: (index of the one to keep, whether to stop now).
 
     Watches last-shot accuracy on validation o.o.d. tasks and test inputs. Until the best is clearly
-    above chance (grokking comes after a plateau) the newest is kept and nothing stops.
-    """
+    above chance (grokking comes after a plateau) the newest is kept and nothing stops."""
     curve = [row["val_ood_test"] for row in history]
     if not curve or max(curve) < chance + LEFT_CHANCE:
         return len(curve) - 1, False
     best = curve.index(max(curve))
     return best, 0 < patience <= len(curve) - 1 - best
 
-
 def pick_device(name):
-    """The torch.device of that name; auto is CUDA or the CPU. ValueError where it isn't there."""
+    """The torch.device of that name; auto is CUDA or the CPU. BadInput where it isn't there."""
     try:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
         torch.zeros(1, device=name).item()
         return torch.device(name)
     except Exception as e:                                   # what is raised depends on the device
-        raise ValueError(f"--device {name or repr(name)}: not usable here, try auto or cpu ({e})")
-
+        raise BadInput(f"--device {name or repr(name)}: not usable here, try auto or cpu ({e})")
 
 def mixed_precision(cfg, device):
     """(autocast context, GradScaler): float16 alone needs its loss scaled, against underflow."""
@@ -475,15 +458,14 @@ def mixed_precision(cfg, device):
     return (torch.autocast(device.type, dtype, enabled=amp != "off"),
             torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
 
-
 def start(cfg, checkpoint=None):
-    """A run's state, new or from a checkpoint; ValueError if that doesn't fit cfg."""
+    """A run's state, new or from a checkpoint; BadInput if that doesn't fit cfg."""
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     run = SimpleNamespace(
         split=make_split(cfg), device=device, model=GPT(cfg).to(device),
         generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[],
-        lines=1 if cfg.curriculum else cfg.p + 1)
+        lines=1 if cfg.curriculum else cfg.p + 1, end=cfg.curriculum + cfg.steps)    # at the latest
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast, run.scaler = mixed_precision(cfg, device)
     if not checkpoint:
@@ -493,16 +475,13 @@ def start(cfg, checkpoint=None):
         run.model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-            for w, moments in optimizer.state.items():       # a fused kernel would not check
-                assert all(m.shape in (w.shape, ()) for m in moments.values())
         if checkpoint["scaler"]:
             run.scaler.load_state_dict(checkpoint["scaler"])
         if checkpoint["device"] == device.type:              # else the random numbers differ anyway
             run.generator.set_state(checkpoint["generator"])
     except Exception as e:                                   # a damaged file can raise anything
-        raise ValueError(f"{cfg.out}/last.pt: doesn't fit its own config ({type(e).__name__})")
+        raise BadInput(f"{cfg.out}/last.pt: doesn't fit its own config ({type(e).__name__})")
     return run
-
 
 def evaluate_and_save(run, cfg, sets, loss):
     """Add a row to the run's history and metrics.csv, write last.pt and, if it is best, best.pt."""
@@ -519,15 +498,17 @@ def evaluate_and_save(run, cfg, sets, loss):
     save(run, cfg, "last.pt")
     return row
 
+def ended(run, cfg):
+    """Whether training is over: by its steps, the curriculum's limit, or early stopping."""
+    last = run.end if run.lines > cfg.p else cfg.curriculum
+    return run.step >= last or early_stopping(run.history, cfg.patience, 1 / cfg.p)[1]
 
 def train(run, cfg, signals=()):
-    """
-    Train, evaluate every cfg.eval_every steps, and keep the run's files in cfg.out up to date.
+    """Train, evaluate every cfg.eval_every steps and when lines are added, keep cfg.out up to date.
 
     Under torchrun every process takes its share of the same batch: N processes do what one would.
     Rank 0 evaluates, writes, and decides when to stop. signals is a list that main's handler fills.
-    Returns None once the run is finished, else 128 + the signal, or 0 after cfg.max_minutes.
-    """
+    Returns None once the run is finished, else 128 + the signal, or 0 after cfg.max_minutes."""
     deadline = time.monotonic() + (60 * cfg.max_minutes or math.inf)
     device, (rank, world) = run.device, rank_and_world()
     split = {name: pairs.to(device) for name, pairs in run.split.items()}
@@ -538,62 +519,68 @@ def train(run, cfg, signals=()):
     model = torch.compile(run.model) if compiled else run.model
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
-    finished = run.step >= cfg.steps or early_stopping(run.history, cfg.patience, 1 / cfg.p)[1]
-    code = None                                       # of a run that ends early
-    bar = tqdm(total=cfg.steps, initial=run.step, unit="step", dynamic_ncols=True, disable=rank > 0)
-    while not finished and code is None:
-        factor = lr_factor(run.step, cfg.warmup, cfg.steps)
-        for optimizer in run.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        batch = training_batch(split, line, cfg, run.lines, run.generator)[rank::world]
-        with run.autocast:
-            loss, logits = training_loss(model, batch, cfg.score_y and run.lines == 1)
-        run.scaler.scale(loss).backward()
-        for optimizer in run.optimizers:
-            run.scaler.step(optimizer)
-            optimizer.zero_grad()
-        run.scaler.update()
-        run.step += 1
-        bar.update()
-
-        if run.step % PACE_EVERY == 0:                # a GPU waits here, so not at every step
-            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            if run.lines <= cfg.p:
-                pace(run, cfg, logits, batch)
-        finished = run.step == cfg.steps
-        if finished or run.step % cfg.eval_every == 0:
-            if world > 1:
-                dist.all_reduce(loss := loss.detach() / world)
-            if rank == 0:
-                row = evaluate_and_save(run, cfg, sets, loss.item())
-                bar.write("step {step:6d}  loss {loss:.3f}  lines {lines:2d}  i.d. {id_train:.2f}/"
-                          "{id_test:.2f}  o.o.d. {val_ood_train:.2f}/{val_ood_test:.2f}"
-                          .format(**row))
-                finished |= early_stopping(run.history, cfg.patience, 1 / cfg.p)[1]
-        if signals or time.monotonic() > deadline:
-            code = 128 + signals[0] if signals else 0
-        if world > 1:                                 # all must leave after the same step
-            decision = [finished, code]
-            dist.broadcast_object_list(decision, device=torch.device("cpu"))
-            finished, code = decision
-    bar.close()
+    finished, code = ended(run, cfg), None            # the exit code of a run that ends early
+    with tqdm(total=run.end, initial=run.step, unit="step", dynamic_ncols=True,
+              disable=rank > 0) as bar:
+        while not finished and code is None:
+            factor = lr_factor(run.step, cfg, run.end)
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+            batch = training_batch(split, line, cfg, run.lines, run.generator)[rank::world]
+            positions = spread_positions(cfg, run.lines, run.generator)              # (3k,)
+            with run.autocast:
+                score_y = cfg.score_y and run.lines == 1
+                loss, logits = training_loss(model, batch, score_y, positions)
+            run.scaler.scale(loss).backward()
+            for optimizer in run.optimizers:
+                run.scaler.step(optimizer)
+                optimizer.zero_grad()
+            run.scaler.update()
+            run.step += 1
+            bar.update()
+            lines = run.lines
+            if run.step % PACE_EVERY == 0:            # a GPU waits here, so not at every step
+                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+                if lines <= cfg.p:
+                    pace(run, cfg, logits, batch)
+                    bar.total = run.end
+            finished = ended(run, cfg)
+            if finished or lines < run.lines or run.step % cfg.eval_every == 0:
+                if world > 1:
+                    dist.all_reduce(loss := loss.detach() / world)
+                if rank == 0:
+                    row = evaluate_and_save(run, cfg, sets, loss.item())
+                    bar.write("step {step:6d}  loss {loss:.3f}  lines {lines:2d}  i.d. "
+                              "{id_train:.2f}/{id_test:.2f}  o.o.d. {val_ood_train:.2f}/"
+                              "{val_ood_test:.2f}".format(**row))
+                    finished = ended(run, cfg)        # now by early stopping, too
+            if signals or time.monotonic() > deadline:
+                code = 128 + signals[0] if signals else 0
+            if world > 1:                             # all must leave after the same step
+                decision = [finished, code]
+                dist.broadcast_object_list(decision, device=torch.device("cpu"))
+                finished, code = decision
     if not finished:
         save(run, cfg, "last.pt")
     return None if finished else code
 
 # -------------------------------------------------------------------------------------------------
-# 6. Files: what a run writes and reads, so that it can be killed anywhere
+# 6. Files that survive a kill, the report, the command line
 # -------------------------------------------------------------------------------------------------
 
 def write_file(path, content):
     """Write bytes under another name, then rename: a reader finds the old file or the new one."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())                          # on the disk before the old one goes
-    os.replace(path + ".tmp", path)
-
+    try:
+        with open(path + ".tmp", "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())                      # on the disk before the old one goes
+        os.replace(path + ".tmp", path)
+    except OSError:                                   # a full disk, say: the old file stays
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise
 
 def save(run, cfg, name):
     """Write all of the run and its config to cfg.out/name. Exits if a weight isn't finite."""
@@ -608,9 +595,10 @@ def save(run, cfg, name):
     torch.save(state, buffer := io.BytesIO())
     write_file(os.path.join(cfg.out, name), buffer.getbuffer())
 
-
 def load_checkpoint(path, device="cpu"):
-    """(dict, Config, GPT on device) of this program's checkpoint at path. Else ValueError."""
+    """(dict, Config, GPT on device) of this program's checkpoint at path. Else BadInput."""
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         cfg = Config(**checkpoint["config"])
@@ -618,45 +606,35 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(checkpoint["model"])
         assert all(w.isfinite().all() for w in model.parameters()) and {*STATE} <= {*checkpoint}
     except Exception as e:                            # a damaged file can raise anything
-        raise ValueError(f"{path}: no sound checkpoint of this version ({type(e).__name__})")
+        raise BadInput(f"{path}: no sound checkpoint of this version ({type(e).__name__})")
     return checkpoint, cfg, model.to(device)
-
-# -------------------------------------------------------------------------------------------------
-# 7. Report, command line, main
-# -------------------------------------------------------------------------------------------------
 
 def report(run, cfg):
     """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
+    if run.lines <= cfg.p:
+        print(f"\nThe curriculum is not over: after {run.step} steps it allows {run.lines} of "
+              f"{cfg.p + 1} lines. Try another --seed, more --tasks, or a longer --curriculum.")
     best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
-    header, curves = " model  ratio  regression   ", {}
-
-    def cells(triple):
-        return "{:6.1f} {:6.1f} {:10.1f}   ".format(*(100 * triple))
+    columns, novel = 2 * " model  ratio  regression   ", []
     print(f"\nBest step {best['step']} of {run.step}. Accuracy in % after {cfg.examples - 1} "
           f"shots, o.o.d. on test tasks; chance is {100 / cfg.p:.1f}\n"
-          f"{'':27}all queries{'':17}novel queries\n{'':27}{2 * header}")
+          f"{'':27}all queries{'':17}novel queries\n{'':27}{columns}")
     for name, tokens in eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
                                        cfg.seed + 2).items():
-        tokens = tokens.to(run.device)        # (model, ratio, regression) x (all, novel) x shots
-        curves[name] = torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])
+        tokens = tokens.to(run.device)
+        last = torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])[:, :, -1]
         label = f"{'i.d.' if name[:2] == 'id' else 'o.o.d.'} tasks, {name.split('_')[-1]} inputs"
-        print(f"{label:27}{cells(curves[name][:, 0, -1])}{cells(curves[name][:, 1, -1])}")
-    novel = torch.stack([curve[:2, 1, -1] for curve in curves.values()])             # (4, 2)
-    print(f"Phase: {phase(*novel.T, cfg.p)}\n\no.o.d. tasks, novel queries, over shots\n"
-          f"{'':10}train inputs{'':16}test inputs\nshots     {2 * header}")
-    for s in [s for s in SHOTS if s < cfg.examples - 1] + [cfg.examples - 1]:
-        print(f"{s:5d}     " + "".join(cells(curves[f"test_ood_{side}"][:, 1, s])
-                                       for side in ("train", "test")))
-
+        print(f"{label:27}" + 2 * "{:6.1f} {:6.1f} {:10.1f}   ".format(*(100 * last.T.flatten())))
+        novel.append(last[:2, 1])                     # of the model and of Ratio Matching
+    print(f"Phase: {phase(*zip(*novel), cfg.p)}")
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
-
 def parse_config(argv=None):
-    """(config, checkpoint to resume or None) of the command line; ValueError if it can't run."""
+    """(config, checkpoint to resume or None) of the command line; BadInput if it can't run."""
     def refuse(message):
-        raise ValueError(message)
+        raise BadInput(message)
     parser = argparse.ArgumentParser(
         description="Train a transformer on modular arithmetic in context.",
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -679,24 +657,24 @@ def parse_config(argv=None):
         checkpoint, saved, _ = load_checkpoint(os.path.join(cfg.out, "last.pt"))
         path = os.path.join(cfg.out, "best.pt")       # the closing report will want it
         best = load_checkpoint(path)[1] if checkpoint["history"] else saved
-        fixed = {name: given[name] for name in FIXED if name in given}    # a preset's rest is kept
-        cfg = replace(saved, **fixed | own | {"resume": False})
         for name in FIXED:
-            if not getattr(cfg, name) == getattr(saved, name) == getattr(best, name):
-                raise ValueError(f"{flag(name)} {getattr(cfg, name)}: the run in {cfg.out} has "
-                                 f"{getattr(best, name)}, and --resume can't change it")
+            new, old = given.get(name, getattr(saved, name)), getattr(best, name)
+            if not new == old == getattr(saved, name):
+                raise BadInput(f"{flag(name)} {new}: the run in {cfg.out} has {old}, which "
+                               f"--resume can't change")
+        cfg = replace(saved, **own | {"resume": False})
     elif any(os.path.exists(os.path.join(cfg.out, name))
              for name in ("last.pt", "best.pt", "metrics.csv")):
-        raise ValueError(f"--out {cfg.out}: holds a run; to go on: --resume; else another --out")
+        raise BadInput(f"--out {cfg.out}: holds a run. To go on with it: --resume --out "
+                       f"'{cfg.out}'; to start afresh: another --out, or remove that folder")
     validate(cfg)
     return cfg, checkpoint
 
-
 def validate(cfg):
-    """Raise ValueError, naming flag, value and what is accepted, if the run can't be made."""
+    """Raise BadInput, naming flag, value and what is accepted, if the run can't be made."""
     def need(ok, name, accepted):
         if not ok:
-            raise ValueError(f"{flag(name)} {getattr(cfg, name)}: must be {accepted}")
+            raise BadInput(f"{flag(name)} {getattr(cfg, name)}: must be {accepted}")
 
     for f in fields(Config):
         if isinstance(f.metadata["accepts"], tuple):
@@ -705,7 +683,7 @@ def validate(cfg):
     p = cfg.p
     need(all(p % d for d in range(2, math.isqrt(p) + 1)), "p", "a prime from 3 to 997")
     need(cfg.tasks <= p * p - 2, "tasks", f"at most {p * p - 2}, to leave two of {p}*{p} o.o.d.")
-    need(cfg.random_tasks or cfg.tasks % 4 == 0, "tasks", "a multiple of 4, or --random-tasks")
+    need(cfg.tasks % 4 == 0, "tasks", "a multiple of 4, for the rectangles")
     need(2 <= round(cfg.alpha * p * p) <= p * p - 2, "alpha",
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
     need(cfg.embd % (2 * cfg.heads) == 0, "embd",
@@ -715,9 +693,39 @@ def validate(cfg):
     need(pick_device(cfg.device).type == "cuda" or cfg.amp != "fp16", "amp",
          "auto, bf16 or off without a CUDA device")
 
+@contextlib.contextmanager
+def noted_signals():
+    """A list that only notes Ctrl-C and SLURM's SIGTERM, so that train can save before it stops."""
+    noted, before = [], {}
+    if threading.current_thread() is threading.main_thread():      # no other may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:                                          # a notebook goes on with its own handlers
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+def complain(error, remedy="make --batch, --examples or --embd smaller"):
+    """One line on stderr, and the exit code, of an error that is not the program's own fault."""
+    if isinstance(error, BrokenPipeError):            # piped into head, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13                               # as SIGPIPE would end it
+    if isinstance(error, BadInput):
+        message = " ".join(str(error).split())
+    elif isinstance(error, OSError):
+        message = f"{error}; the files saved before are whole"
+    elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+          or "can't allocate memory" in str(error)):  # torch's error on a CPU
+        message = f"out of memory; {remedy}"
+    else:
+        raise error
+    if rank_and_world()[0] == 0 or not isinstance(error, BadInput):    # which all ranks have
+        print("error: " + message, file=sys.stderr)
+    return 2 if isinstance(error, BadInput) else 1
 
 def main(argv=None):
-    """Parse, train, report. Returns the exit code; bad input is one line on stderr and code 2."""
+    """Parse, train, report. Returns the exit code; what goes wrong is one line on stderr."""
     rank, world = rank_and_world()
     try:
         cfg, checkpoint = parse_config(argv)
@@ -727,34 +735,31 @@ def main(argv=None):
             dist.init_process_group()
             dist.barrier()                            # none may write before all have looked
         run = start(cfg, checkpoint)
-        os.makedirs(cfg.out, exist_ok=True)
-        save(run, cfg, "last.pt")                     # so that whatever is found can be resumed
-    except (ValueError, OSError) as e:
-        if rank == 0:
-            where = f"--out {cfg.out}: " if isinstance(e, OSError) else ""
-            print("error: " + where + " ".join(str(e).split()), file=sys.stderr)
-        return 2
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")            # only rank 0 prints
-    print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, "
-          f"seed {cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
-    signals, stops = [], (signal.SIGINT, signal.SIGTERM)     # Ctrl-C, and what SLURM sends
-    for number in stops:                                     # only noted, so that train can save
-        signal.signal(number, lambda number, frame: signals.append(number))
-    code = train(run, cfg, signals)
-    if code is not None:
-        print(f"Saved. To go on: {'python' if world == 1 else 'torchrun ...'} grok_icl.py "
-              f"--resume --out '{cfg.out}'", flush=True)
-    elif rank == 0:
-        for number in stops:
-            signal.signal(number, signal.SIG_DFL)
-        report(run, cfg)
-    if world > 1:                                     # else gloo's threads may crash the way out
-        dist.destroy_process_group()
+        try:
+            os.makedirs(cfg.out, exist_ok=True)
+            save(run, cfg, "last.pt")                 # so that whatever is found can be resumed
+        except OSError as e:
+            raise BadInput(f"--out {cfg.out}: {e}")
+        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")     # only rank 0 prints
+        print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, "
+              f"seed {cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
+        with noted_signals() as signals:
+            code = train(run, cfg, signals)
+        if code is not None:
+            print(f"Saved. To go on: {'python' if world == 1 else 'torchrun ...'} grok_icl.py "
+                  f"--resume --out '{cfg.out}'")
+        elif rank == 0:
+            report(run, cfg)
         sys.stdout.flush()
+    except Exception as e:
+        code = complain(e)
+    if dist.is_initialized():                         # else gloo's threads may crash the way out
+        dist.destroy_process_group()
         os._exit(code or 0)
     return code
 
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:                         # before or after the training
+        sys.exit(130)

@@ -4,6 +4,7 @@ How fast is a training step, and what are its parts worth?
     python tests/bench.py                                       the default, all lines, all examples
     python tests/bench.py --preset paper --tasks 64 --batch 64  the paper's model on a CPU
     python tests/bench.py --preset paper --tasks 64 --batch 64 --authors DIR
+    python tests/bench.py --run out/quick                       the operations of a whole run
 
 Takes the flags of grok_icl.py and trains some steps past the curriculum, without writing. Variants
 take turns, step by step, so that a busy machine is busy for all. Run by hand, not by pytest. DIR is
@@ -25,26 +26,40 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import grok_icl as g  # noqa: E402
 
 
-def operations(cfg, batch, k):
+def operations(cfg, batch, k, everywhere=False):
     """Floating-point operations of the matrix products in a step on batch sequences of k examples.
 
-    Forward, for each position: keys and values, 4 C^2; where it asks (in the last block at y alone)
-    queries, output, MLP, 20 C^2, and attention, 4 T C; 2 C p for each z. Backward: twice that."""
+    Forward, for each position: keys and values, 4 C^2; where it asks (in the last block at y alone,
+    unless everywhere) queries, output, MLP, 20 C^2, and attention, 4 T C; 2 C p for each logit
+    vector. Backward: twice that."""
     C, T = cfg.embd, 3 * k - 1
-    N, Q = batch * T, batch * k
+    N, Q = batch * T, batch * (T if everywhere else k)
     asking = (cfg.depth - 1) * N + Q
     return 3 * (cfg.depth * N * 4 * C * C + asking * (20 * C * C + 4 * T * C) + 2 * C * cfg.p * Q)
+
+
+def operations_of_run(folder):
+    """Those of all training steps of a run, from the rows of its history: one at each growth of
+    the curriculum."""
+    checkpoint, cfg, _ = g.load_checkpoint(os.path.join(folder, "last.pt"))
+    total, step, lines = 0, 0, 1 if cfg.curriculum else cfg.p + 1
+    for row in checkpoint["history"]:
+        each = operations(cfg, *g.step_shape(cfg, lines), cfg.score_y and lines == 1)
+        total += each * (row["step"] - step)
+        step, lines = row["step"], row["lines"]
+    return total
 
 
 class FusedAttention(g.Attention):
     """The same with torch's fused kernel in place of q.k, mask, softmax and weighted sum."""
 
-    def forward(self, x, at=slice(None)):
+    def forward(self, x, positions=None, at=slice(None)):
         T = x.size(1)
+        positions = slice(T) if positions is None else positions[:T]
+        cos, sin = self.cos[positions], self.sin[positions]
         q, k, v = (linear(inputs).unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for linear, inputs in ((self.query, x[:, at]), (self.key, x), (self.value, x)))
-        q = g.rotate(q, self.cos[:T][at], self.sin[:T][at]).to(v.dtype)
-        k = g.rotate(k, self.cos[:T], self.sin[:T]).to(v.dtype)
+        q, k = g.rotate(q, cos[at], sin[at]).to(v.dtype), g.rotate(k, cos, sin).to(v.dtype)
         mask = self.future[:T, :T][at].to(v.dtype)
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(heads.transpose(1, 2).flatten(2))
@@ -163,7 +178,10 @@ def main():
     parser = argparse.ArgumentParser(description="Has grok_icl.py's flags too.", allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=10, help="turns of each variant [10]")
     parser.add_argument("--authors", metavar="DIR", help="the authors' code, to run beside ours")
+    parser.add_argument("--run", metavar="DIR", help="only print the operations of that run")
     own, rest = parser.parse_known_args()
+    if own.run:
+        return print(f"{own.run}: {operations_of_run(own.run):.2e} operations")
     cfg, _ = g.parse_config([*rest, "--out", os.path.join(tempfile.gettempdir(), "never made")])
     on_gpu = g.pick_device(cfg.device).type == "cuda"
     compiled = cfg.compile == "on" or cfg.compile == "auto" and on_gpu

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +27,8 @@ torch.set_num_threads(1)
 
 def config(**changes):
     return g.Config(**{**dict(p=7, tasks=12, examples=6, depth=2, heads=2, embd=16, init_std=0.3,
-                              lr=0.01, wd=0.1, batch=16, steps=4, warmup=1, eval_every=2,
-                              device="cpu", amp="off"), **changes})
+                              lr=0.01, wd=0.1, batch=16, curriculum=4, steps=4, warmup=1,
+                              eval_every=2, device="cpu", amp="off"), **changes})
 
 
 def planted_lab(model=None, **changes):
@@ -419,7 +420,6 @@ def quick(monkeypatch):
 
 
 def test_everything_for_a_run(tiny_run, tmp_path, quick, capsys):
-    pytest.importorskip("matplotlib")
     (tiny_run / "steps.pt").write_text("no snapshot of the run")
     assert a.main([str(tiny_run), "--out", str(tmp_path)]) is None
     numbers = json.load(open(tmp_path / "analysis.json"))
@@ -433,11 +433,21 @@ def test_everything_for_a_run(tiny_run, tmp_path, quick, capsys):
         turn = (first.conj() * second).sum()                     # aligned: no turn is left
         assert turn.real > 0 and abs(turn.imag) < 1e-6 * turn.real
         assert abs(turn) >= abs((first * second).sum()) - 1e-9   # nor a mirroring
+
+
+def need_matplotlib():
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+
+
+def test_pictures_of_a_run(tiny_run, tmp_path, quick, capsys):
+    need_matplotlib()
+    assert a.main([str(tiny_run), "--out", str(tmp_path)]) is None
     pictures = {f.name for f in tmp_path.iterdir()} - {"analysis.json", "analysis.npz"}
     names = ("skills", "skill_grid", "attention", "pca", "similarity")
     assert pictures == {f"{n}.png" for n in names} | {"progress.gif"}
     assert (tmp_path / "progress.gif").stat().st_size < 2e6
-    with pytest.importorskip("PIL.Image").open(tmp_path / "progress.gif") as film:
+    from PIL import Image                                        # matplotlib brings it along
+    with Image.open(tmp_path / "progress.gif") as film:
         assert film.n_frames >= 2
 
 
@@ -497,7 +507,7 @@ def sweep(tmp_path):
 
 def test_runs_are_compared_on_tasks_that_all_hold_out(sweep, monkeypatch):
     """A memory of all but the common test tasks reaches nothing there; a Ratio Matcher, all."""
-    runs, asked = a.open_runs([str(sweep)]), []
+    runs, asked = a.open_runs([str(sweep)], "cpu"), []
     sequences = g.eval_sequences
     monkeypatch.setattr(g, "eval_sequences",
                         lambda *args: [asked.append(args), sequences(*args)][1])
@@ -527,6 +537,11 @@ def test_a_sweep_is_shown(sweep, tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(str(sweep / name) in out for name in ("0.5-8", "0.8-8", "0.8-12"))
     assert len(json.load(open(tmp_path / "analysis.json"))["phases"]) == 3
+
+
+def test_pictures_of_a_sweep(sweep, tmp_path, capsys):
+    need_matplotlib()
+    assert a.main(["phases", str(sweep), "--out", str(tmp_path)]) is None
     assert (tmp_path / "phase_grid.png").exists()
     shutil.rmtree(sweep / "0.5-8")                               # alpha does not vary
     assert a.main(["phases", str(sweep), "--out", str(tmp_path)]) is None
@@ -537,6 +552,42 @@ def test_a_missing_folder_is_named(sweep, tmp_path, capsys):
     assert a.main(["phases", str(sweep), str(tmp_path / "missing"), "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "missing" in err and not (tmp_path / "analysis.json").exists()
+
+
+def test_runs_without_a_held_out_task_in_common_are_not_compared(tmp_path, capsys):
+    """Two runs of one seed whose test tasks have been made disjoint."""
+    for n, kept in enumerate((slice(0, 12), slice(12, 24))):
+        cfg = config(out=str(tmp_path / f"run{n}"))
+        run = g.start(cfg)
+        every = torch.cat([run.split[kind] for kind in ("id", "val_ood", "test_ood")])
+        run.split["test_ood"] = every[kept]
+        (tmp_path / f"run{n}").mkdir()
+        g.save(run, cfg, "best.pt")
+    assert a.main(["phases", str(tmp_path), "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--p 7 --seed 0" in err and "in common" in err
+    assert not (tmp_path / "analysis.json").exists()
+
+
+def test_a_damaged_snapshot_is_named_before_measuring(tiny_run, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "step3.pt").write_bytes((run / "step4.pt").read_bytes()[:999])
+    monkeypatch.setattr(a, "measure_progress", lambda lab: pytest.fail("measured"))
+    assert a.main([str(run), "progress"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "step3.pt" in err and not (run / "analysis.json").exists()
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error(tmp_path):
+    """As in python analyze.py RUN | head -1."""
+    planted_run(tmp_path / "run")
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "analyze.py"), str(tmp_path / "run"), "shots", "skills"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait() == 141 and "Traceback" not in stderr and "BrokenPipe" not in stderr
 
 
 @pytest.mark.parametrize("what", [["pca"], ["phases"]])
@@ -554,6 +605,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
 @pytest.mark.parametrize("argv, word", [
     (["nowhere"], "nowhere"), (["RUN", "nonsense"], "nonsense"),
     (["RUN", "--device", "gpu"], "--device gpu"), (["phases", "nowhere"], "nowhere"),
+    (["phases", "RUN", "--device", "cuda:9"], "--device cuda:9"), (["x.pt"], "x.pt: no such file"),
     (["phases"], "out: no run"), ([], "RUN"), (["TEXT"], "text.pt"),
     (["RUN", "--bass", "3"], "--bass"), (["ASSET", "progress"], "snapshots"),
     (["RUN", "phases"], "phases"), (["RUN", "--out", "TEXT/x"], "text.pt")])
