@@ -244,7 +244,6 @@ def rotate(x, cos, sin):
 
 class Attention(nn.Module):
     """Causal multi-head self-attention. Queries are asked at the tokens `at`, all by default."""
-
     def __init__(self, cfg):
         super().__init__()
         self.heads = cfg.heads
@@ -271,7 +270,6 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Two matrices and a ReLU; its neurons are the numbers between them."""
-
     def __init__(self, cfg):
         super().__init__()
         self.up = nn.Linear(cfg.embd, MLP_RATIO * cfg.embd, bias=False)
@@ -282,19 +280,17 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Attention, then MLP; each reads the normalized residual stream and adds to it."""
-
     def __init__(self, cfg):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(cfg.embd), Attention(cfg)
         self.norm2, self.mlp = nn.LayerNorm(cfg.embd), MLP(cfg)
 
     def forward(self, x, positions=None, at=slice(None)):
-        x = x[:, at] + self.attention(self.norm1(x), positions, at)                     # (B, Q, C)
+        x = x[:, at] + self.attention(self.norm1(x), positions, at)                  # (B, Q, C)
         return x + self.mlp(self.norm2(x))
 
 class GPT(nn.Module):
     """The paper's transformer, on sequences x y z x y z ... of at most cfg.examples examples."""
-
     def __init__(self, cfg):
         super().__init__()
         self.embedding = nn.Embedding(cfg.p, cfg.embd)       # its transpose reads out the logits
@@ -316,7 +312,7 @@ class GPT(nn.Module):
         *others, last = self.blocks
         for block in others:
             x = block(x, positions)
-        x = last(x, positions, slice(None) if everywhere else slice(1, None, 3))        # (B, k, C)
+        x = last(x, positions, slice(None) if everywhere else slice(1, None, 3))     # (B, k, C)
         return self.norm(x) @ self.embedding.weight.T                                # (B, k, p)
 
 # -------------------------------------------------------------------------------------------------
@@ -624,7 +620,7 @@ def report(run, cfg):
         tokens = tokens.to(run.device)
         last = torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])[:, :, -1]
         label = f"{'i.d.' if name[:2] == 'id' else 'o.o.d.'} tasks, {name.split('_')[-1]} inputs"
-        print(f"{label:27}" + 2 * "{:6.1f} {:6.1f} {:10.1f}   ".format(*(100 * last.T.flatten())))
+        print(f"{label:27}" + (2 * "{:6.1f} {:6.1f} {:10.1f}   ").format(*100 * last.T.flatten()))
         novel.append(last[:2, 1])                     # of the model and of Ratio Matching
     print(f"Phase: {phase(*zip(*novel), cfg.p)}")
 
@@ -635,9 +631,8 @@ def parse_config(argv=None):
     """(config, checkpoint to resume or None) of the command line; BadInput if it can't run."""
     def refuse(message):
         raise BadInput(message)
-    parser = argparse.ArgumentParser(
-        description="Train a transformer on modular arithmetic in context.",
-        allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Train on modular arithmetic in context.",
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = refuse
     parser.add_argument("--preset", choices=PRESETS, help="quick: " + " ".join(
         f"{k} {v}" for k, v in PRESETS["quick"].items()) + "; paper: all as published")
@@ -675,7 +670,6 @@ def validate(cfg):
     def need(ok, name, accepted):
         if not ok:
             raise BadInput(f"{flag(name)} {getattr(cfg, name)}: must be {accepted}")
-
     for f in fields(Config):
         if isinstance(f.metadata["accepts"], tuple):
             low, high = f.metadata["accepts"]

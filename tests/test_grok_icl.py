@@ -659,6 +659,25 @@ def test_the_report_is_of_the_weights_in_best_pt(tmp_path, monkeypatch, capsys):
     assert "Best step 7 of 12" in capsys.readouterr().out
 
 
+def test_the_report_shows_what_model_and_oracles_score(tmp_path, monkeypatch, capsys):
+    """All queries, then novel ones; the model here errs on every novel query and on no copy."""
+    monkeypatch.setattr(g, "REPORT_SEQUENCES", 256)
+    cfg = tiny(out=str(tmp_path))
+    run = g.start(cfg)
+    g.save(run, cfg, "best.pt")
+    monkeypatch.setattr(g, "evaluate",
+                        lambda model, t: g.accuracy((~g.novel_queries(t)).double(), t))
+    g.report(run, cfg)
+    out = capsys.readouterr().out
+    for name, t in g.eval_sequences(run.split, "test_ood", 256, 10, 5, cfg.seed + 2).items():
+        kind, side = ("o.o.d." if "ood" in name else "i.d."), name.split("_")[-1]
+        copies = 1 - g.novel_queries(t)[:, -1].float().mean().item()
+        oracles = [o[:, -1].tolist() for o in g.oracle_accuracy(t, 5)]
+        expected = [copies, *(o[0] for o in oracles), 0, *(o[1] for o in oracles)]
+        row = next(line for line in out.splitlines() if line.startswith(f"{kind} tasks, {side}"))
+        assert row.split()[4:] == [f"{100 * v:.1f}" for v in expected]
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     out = tmp_path / "run"
