@@ -69,7 +69,7 @@ class Config:
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
     wd: float = option(0.2, 2.0, "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(64, 1024, "sequences a step, more while they are short", (1, 10**6))
-    steps: int = option(700, 200_000, "steps with all lines; the rate falls over them", (1, 10**9))
+    steps: int = option(1000, 200_000, "steps with all lines; the rate falls over them", (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
     seed: int = option(0, 0, "seed of the split, the initial weights and the batches", (0, 2**62))
     # how it is run: what --resume may change
@@ -88,7 +88,7 @@ FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
 
 # A preset replaces defaults; a flag on the command line replaces the preset's value.
 PRESETS = {
-    "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=168, steps=1600),
+    "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)},
 }
 
