@@ -359,6 +359,18 @@ def test_the_benchmark_counts_what_torch_counts(depth):
     assert bench.operations(cfg, 16, 6) == counted.get_total_flops()
 
 
+def test_the_benchmark_counts_a_whole_run(tmp_path, monkeypatch):
+    """Also as lines are added, sequences become longer and fewer, and y is no longer scored."""
+    monkeypatch.setattr(g, "MASTERED", 0.1)
+    monkeypatch.setattr(g, "PACE_EVERY", 3)
+    monkeypatch.setattr(g, "evaluate", lambda model, tokens: torch.zeros(2, 20))
+    with FlopCounterMode(display=False) as counted:
+        trained(tiny(examples=20, optimizer="adamw", out=str(tmp_path)))
+    lines = {row["lines"] for row in g.load_checkpoint(tmp_path / "last.pt")[0]["history"]}
+    assert lines == {2, 4, 6}
+    assert bench.operations_of_run(tmp_path) == counted.get_total_flops()
+
+
 def test_the_benchmarks_variants_compute_the_same():
     model, _ = model_and_tokens()
     tokens = random_tokens(7, 5, 6)
