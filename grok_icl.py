@@ -67,9 +67,10 @@ class Config:
     optimizer: str = option("muon", "adamw", "updates the blocks' matrices", ["muon", "adamw"])
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
+    lr_end: float = option(0.02, 0.1, "share of the peak rates that is left at the end", (0, 1))
     wd: float = option(0.2, 2.0, "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(64, 1024, "sequences a step, more while they are short", (1, 10**6))
-    steps: int = option(1000, 200_000, "steps with all lines; the rate falls over them", (1, 10**9))
+    steps: int = option(1200, 200_000, "steps with all lines; the rate falls over them", (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
     seed: int = option(0, 0, "seed of the split, the initial weights and the batches", (0, 2**62))
     # how it is run: what --resume may change
@@ -86,8 +87,7 @@ class Config:
 NAMES = [f.name for f in fields(Config)]
 FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
 
-# A preset replaces defaults; a flag on the command line replaces the preset's value.
-PRESETS = {
+PRESETS = {                   # in place of the defaults; a flag on the command line outdoes both
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)},
 }
@@ -98,7 +98,7 @@ ADAM_BETAS = (0.9, 0.98)
 MASTERED = 0.9                # share of what Ratio Matching can answer that brings more lines
 PACE_EVERY = 10               # steps between looks at that share
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
-REPORT_SEQUENCES = 4096       # of each set, in the closing report
+REPORT_SEQUENCES = 2048       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
 STATE = ("split", "step", "history", "lines", "end")         # of a run, beside weights and moments
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
@@ -392,11 +392,12 @@ def make_optimizers(model, cfg):
 
 def lr_factor(step, cfg, end):
     """Learning rate, as a share of its peak: it rises from 0.01 over cfg.warmup steps, stays at the
-    peak during the curriculum, and falls by a cosine to 0.1 over the last cfg.steps before end."""
+    peak during the curriculum, and falls like a cosine over the cfg.steps that end the run."""
     if step < cfg.warmup:
         return 0.01 + 0.99 * step / cfg.warmup
     begin = max(cfg.warmup, end - cfg.steps)
-    return 0.1 + 0.9 * (1 + math.cos(math.pi * max(0, step - begin) / (end - begin))) / 2
+    fallen = (1 - math.cos(math.pi * max(0, step - begin) / (end - begin))) / 2        # 0 to 1
+    return 1 - (1 - cfg.lr_end) * fallen
 
 def pace(run, cfg, logits, batch):
     """The curriculum (not in the paper): twice as many lines once the present ones are mastered,
@@ -482,8 +483,9 @@ def start(cfg, checkpoint=None):
 def evaluate_and_save(run, cfg, sets, loss):
     """Add a row to the run's history and metrics.csv, write last.pt and, if it is best, best.pt."""
     row = {"step": run.step, "loss": loss, "lines": run.lines}
-    for name, tokens in sets.items():                        # in float32, as in the report
-        row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
+    with run.autocast:                                       # the report will be in float32
+        for name, tokens in sets.items():
+            row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
     run.history.append(row)
     if early_stopping(run.history, 0, 1 / cfg.p)[0] == len(run.history) - 1:
         save(run, cfg, "best.pt")
@@ -597,8 +599,7 @@ def load_checkpoint(path, device="cpu"):
         raise BadInput(f"{path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
-        cfg = Config(**checkpoint["config"])
-        model = GPT(cfg)
+        model = GPT(cfg := Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
         assert all(w.isfinite().all() for w in model.parameters()) and {*STATE} <= {*checkpoint}
     except Exception as e:                            # a damaged file can raise anything

@@ -478,11 +478,11 @@ def test_phases_follow_the_papers_table(good, name):
 # -------------------------------------------------------------------------------------------------
 
 def test_schedule_at_its_corners():
-    paper = tiny(warmup=10_000, steps=200_000)
+    paper = tiny(warmup=10_000, steps=200_000, lr_end=0.1)
     f = [g.lr_factor(s, paper, 200_000) for s in (0, 5_000, 10_000, 105_000, 200_000)]
     assert f == pytest.approx([0.01, 0.505, 1, 0.55, 0.1])
     assert g.lr_factor(0, tiny(warmup=0), 10) == 1
-    late = tiny(warmup=100, steps=700)                           # the curriculum took 580 steps
+    late = tiny(warmup=100, steps=700, lr_end=0.1)               # the curriculum took 580 steps
     f = [g.lr_factor(s, late, 2000 + 700) for s in (50, 100, 579)]
     assert f == pytest.approx([0.505, 1, 1])
     assert [g.lr_factor(s, late, 1280) for s in (580, 930, 1280)] == pytest.approx([1, 0.55, 0.1])
