@@ -727,7 +727,13 @@ def analyze(lab, parts, out):
         save(out, found)                                 # after each: Ctrl-C loses only one
         draw = here.get(f"draw_{part}") if plt else None
         for name, figure in (draw(plt, lab, found[part]) if draw else {}).items():
-            (figure.savefig if name.endswith("png") else figure.save)(os.path.join(out, name))
+            new = os.path.join(out, "new " + name)       # then rename: no picture is half a picture
+            try:
+                (figure.savefig if name.endswith("png") else figure.save)(new)
+                os.replace(new, os.path.join(out, name))
+            finally:
+                with contextlib.suppress(OSError):
+                    os.remove(new)
             written.append(name)
     print(f"\nWrote {', '.join(written)} to {out}")
 
@@ -751,7 +757,9 @@ def main(argv=None):
             if not phases and part not in lab.parts:
                 raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (progress: --snapshots)")
         for file in lab.snapshots if "progress" in parts else []:
-            g.load_checkpoint(file)                              # a damaged one is named now
+            other = g.load_checkpoint(file)[1]                   # a damaged one is named now
+            if any(getattr(other, name) != getattr(lab.cfg, name) for name in g.FIXED):
+                raise g.BadInput(f"{file}: a snapshot of another run; remove it")
         out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         try:
@@ -760,7 +768,7 @@ def main(argv=None):
         except OSError as e:
             raise g.BadInput(f"--out {out}: {e}")
         analyze(lab, parts, out)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except Exception as e:
         return g.complain(e, "ask for one part at a time")
 

@@ -72,7 +72,7 @@ class Config:
     batch: int = option(64, 1024, "sequences a step, more while they are short", (1, 10**6))
     steps: int = option(1200, 200_000, "steps with all lines; the rate falls over them", (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
-    seed: int = option(0, 0, "seed of the split, the initial weights and the batches", (0, 2**62))
+    seed: int = option(0, 0, "of the split, the initial weights and the batches", (0, 2**32 - 1))
     # how it is run: what --resume may change
     eval_every: int = option(100, 1000, "steps between evaluations", (1, 10**9))
     patience: int = option(0, 0, "evaluations without a best to stop after; 0: never", (0, 10**9))
@@ -166,9 +166,8 @@ def line_of(inputs, p):
     return torch.where(x > 0, y * inverse[x] % p, p)                                 # (n,)
 
 def step_shape(cfg, lines):
-    """(sequences, examples in each) of a training step while that many lines are allowed.
-
-    Few lines need few examples, and of short sequences a step can hold more at the same cost."""
+    """(sequences, examples in each) of a step. Few lines need few examples, so the curriculum has
+    more, shorter sequences: twice as many examples a step; with half it is slow (assets/log.md)."""
     if lines > cfg.p:
         return cfg.batch, cfg.examples
     k = min(cfg.examples, 8 if lines <= 2 else 16)
@@ -204,10 +203,10 @@ def training_batch(split, line, cfg, lines, generator):
 def spread_positions(cfg, lines, generator):
     """Where the tokens of that step's sequences stand, (3k,): 0, 1, 2, ... from four lines on.
 
-    On one line the preceding example answers every query. A model that finds it by its distance,
-    always three tokens back, learns to divide, but not to look for an example by what it says, and
-    then stays on two lines for ever. So up to two lines the k examples, in their order, take random
-    places out of 1.5 k, anew for each step, and the distance to the preceding one changes."""
+    On one line the preceding example answers every query, and always from the same distance. A
+    model that finds it by that distance does not learn to look for an example by what it says, and
+    may stay on two lines for ever. So up to two lines the k examples, in their order, take random
+    places out of 1.5 k (at most cfg.examples), others at each step: the distance changes."""
     k = step_shape(cfg, lines)[1]
     place = torch.arange(k, device=generator.device)
     if cfg.spread and lines <= 2:
@@ -401,8 +400,8 @@ def lr_factor(step, cfg, end):
 
 def pace(run, cfg, logits, batch):
     """The curriculum (not in the paper): twice as many lines once the present ones are mastered,
-    that is, once the logits (B, k, p) get more than MASTERED of the z in a batch (B, 3k) right that
-    Ratio Matching can answer. With all p + 1 lines it is over, and the last cfg.steps begin."""
+    that is, if in this training batch (B, 3k) the logits (B, k, p) get more than MASTERED of the z
+    right that Ratio Matching can answer. With p + 1 lines it is over: the last cfg.steps begin."""
     can, _ = solvable(batch, cfg.p)
     right = can & (logits.argmax(-1) == batch[:, 2::3])
     counts = torch.stack((right.sum(), can.sum()))
@@ -518,8 +517,7 @@ def train(run, cfg, signals=()):
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     finished, code = ended(run, cfg), None            # the exit code of a run that ends early
-    with tqdm(total=run.end, initial=run.step, unit="step", dynamic_ncols=True,
-              disable=rank > 0) as bar:
+    with tqdm(total=run.end, initial=run.step, dynamic_ncols=True, disable=rank > 0) as bar:
         while not finished and code is None:
             factor = lr_factor(run.step, cfg, run.end)
             for optimizer in run.optimizers:
@@ -581,11 +579,11 @@ def write_file(path, content):
         raise
 
 def save(run, cfg, name):
-    """Write all of the run and its config to cfg.out/name. Exits if a weight isn't finite."""
+    """Write all of the run and its config to cfg.out/name, unless a weight isn't finite."""
     if rank_and_world()[0] > 0:
         return
     if not all(w.isfinite().all() for w in run.model.parameters()):
-        sys.exit(f"error: at step {run.step} weights not finite; try a smaller --lr, another --out")
+        raise FloatingPointError(f"at step {run.step} weights not finite; lower --lr or --embd-lr")
     state = {key: getattr(run, key) for key in STATE}
     state |= dict(config=asdict(cfg), model=run.model.state_dict(), device=run.device.type,
                   optimizers=[o.state_dict() for o in run.optimizers],
@@ -601,7 +599,8 @@ def load_checkpoint(path, device="cpu"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         model = GPT(cfg := Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-        assert all(w.isfinite().all() for w in model.parameters()) and {*STATE} <= {*checkpoint}
+        assert all(w.isfinite().all() for w in model.parameters())
+        assert {*STATE} <= {*checkpoint} and {*NAMES} == {*checkpoint["config"]}
     except Exception as e:                            # a damaged file can raise anything
         raise BadInput(f"{path}: no sound checkpoint of this version ({type(e).__name__})")
     return checkpoint, cfg, model.to(device)
@@ -610,7 +609,7 @@ def report(run, cfg):
     """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
     if run.lines <= cfg.p:
         print(f"\nThe curriculum is not over: after {run.step} steps it allows {run.lines} of "
-              f"{cfg.p + 1} lines. Try another --seed, more --tasks, or a longer --curriculum.")
+              f"{cfg.p + 1} lines. Begin anew with more --tasks or --curriculum, or another --seed.")
     best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
     columns, novel = 2 * " model  ratio  regression   ", []
     print(f"\nBest step {best['step']} of {run.step}. Accuracy in % after {cfg.examples - 1} "
@@ -702,13 +701,13 @@ def noted_signals():
             signal.signal(number, handler)
 
 def complain(error, remedy="make --batch, --examples or --embd smaller"):
-    """One line on stderr, and the exit code, of an error that is not the program's own fault."""
+    """One line on stderr, and the exit code, of an error that is no bug. A bug is raised again."""
     if isinstance(error, BrokenPipeError):            # piped into head, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13                               # as SIGPIPE would end it
     if isinstance(error, BadInput):
         message = " ".join(str(error).split())
-    elif isinstance(error, OSError):
+    elif isinstance(error, (OSError, FloatingPointError)):
         message = f"{error}; the files saved before are whole"
     elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
           or "can't allocate memory" in str(error)):  # torch's error on a CPU
@@ -720,7 +719,7 @@ def complain(error, remedy="make --batch, --examples or --embd smaller"):
     return 2 if isinstance(error, BadInput) else 1
 
 def main(argv=None):
-    """Parse, train, report. Returns the exit code; what goes wrong is one line on stderr."""
+    """Parse, train, report. Returns the exit code or None; what goes wrong is a line on stderr."""
     rank, world = rank_and_world()
     try:
         cfg, checkpoint = parse_config(argv)
@@ -730,22 +729,22 @@ def main(argv=None):
             dist.init_process_group()
             dist.barrier()                            # none may write before all have looked
         run = start(cfg, checkpoint)
-        try:
-            os.makedirs(cfg.out, exist_ok=True)
-            save(run, cfg, "last.pt")                 # so that whatever is found can be resumed
-        except OSError as e:
-            raise BadInput(f"--out {cfg.out}: {e}")
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")     # only rank 0 prints
-        print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, "
-              f"seed {cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
         with noted_signals() as signals:
+            try:
+                os.makedirs(cfg.out, exist_ok=True)
+                save(run, cfg, "last.pt")             # so that whatever is found can be resumed
+            except OSError as e:
+                raise BadInput(f"--out {cfg.out}: {e}")
+            print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, seed "
+                  f"{cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
             code = train(run, cfg, signals)
         if code is not None:
             print(f"Saved. To go on: {'python' if world == 1 else 'torchrun ...'} grok_icl.py "
                   f"--resume --out '{cfg.out}'")
         elif rank == 0:
             report(run, cfg)
-        sys.stdout.flush()
+        print(end="", flush=True)                     # so that a closed pipe is noticed here
     except Exception as e:
         code = complain(e)
     if dist.is_initialized():                         # else gloo's threads may crash the way out

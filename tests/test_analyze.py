@@ -574,9 +574,11 @@ def test_a_damaged_snapshot_is_named_before_measuring(tiny_run, tmp_path, monkey
     shutil.copytree(tiny_run, run)
     (run / "step3.pt").write_bytes((run / "step4.pt").read_bytes()[:999])
     monkeypatch.setattr(a, "measure_progress", lambda lab: pytest.fail("measured"))
-    assert a.main([str(run), "progress"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "step3.pt" in err and not (run / "analysis.json").exists()
+    for _ in range(2):
+        assert a.main([str(run), "progress"]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "step3.pt" in err and not (run / "analysis.json").exists()
+        shutil.copy(ROOT / "assets" / "quick.pt", run / "step3.pt")          # of another run
 
 
 def test_output_that_nobody_reads_to_its_end_is_no_error(tmp_path):

@@ -649,7 +649,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
             return batch(*args)
         monkeypatch.setattr(g, "training_batch", breaking)
         run = g.start(cfg)
-        with pytest.raises(SystemExit, match=f"at step {when} weights not finite"):
+        with pytest.raises(FloatingPointError, match=f"at step {when} weights not finite"):
             g.train(run, cfg, signals)
         for name in ("last.pt", "best.pt"):
             if (tmp_path / name).exists():
@@ -764,6 +764,7 @@ def no_space(*args):
     (lambda: torch.empty(2 ** 50), ["out of memory", "--batch"]),         # torch's own error
     (raising(torch.OutOfMemoryError("CUDA out of memory")), ["out of memory", "--batch"]),
     (raising(MemoryError()), ["out of memory", "--embd"]),
+    (raising(FloatingPointError("at step 5 weights not finite")), ["not finite"]),
     (no_space, ["No space left"]),
 ])
 def test_what_runs_out_is_one_line_and_loses_nothing(action, words, tmp_path, monkeypatch, capsys):
@@ -915,6 +916,7 @@ def put(*path, value):
 MUTATIONS = {
     "another version": put("config", "dropout", value=0.1),
     "other width": put("config", "embd", value=32),
+    "an older version": put("config", "lr_end", value=None),
     "no weight": put("model", "norm.weight", value=None), "no split": put("split", value=None),
     "no history": put("history", value=None),
     "weight of another shape": put("model", "norm.weight", value=torch.ones(8)),
