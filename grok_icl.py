@@ -609,7 +609,7 @@ def report(run, cfg):
     """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
     if run.lines <= cfg.p:
         print(f"\nThe curriculum is not over: after {run.step} steps it allows {run.lines} of "
-              f"{cfg.p + 1} lines. Begin anew with more --tasks or --curriculum, or another --seed.")
+              f"{cfg.p + 1} lines. Try more --tasks, a longer --curriculum, or another --seed.")
     best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
     columns, novel = 2 * " model  ratio  regression   ", []
     print(f"\nBest step {best['step']} of {run.step}. Accuracy in % after {cfg.examples - 1} "
