@@ -204,8 +204,9 @@ def main():
     trained = seconds.pop("as trained")
     print(f"step, {cfg.examples} examples: {spread([1e3 * s for s in trained])} ms, "
           f"{operations(cfg, batch, cfg.examples) / statistics.median(trained) / 1e9:,.0f} GFLOP/s")
-    print("operations with 8, 16, 32 examples: "
-          + ", ".join(f"{operations(cfg, batch, k):.3g}" for k in (8, 16, 32)))
+    shapes = {lines: g.step_shape(cfg, lines) for lines in (1, 4, cfg.p + 1)}
+    print("operations of a step with 1, 4, all lines: " + ", ".join(
+        f"{operations(cfg, *shape, cfg.score_y and n == 1):.3g}" for n, shape in shapes.items()))
     print("time of a step, as a multiple of the step as trained: median (lowest to highest)")
     for name, values in seconds.items():
         print(f"  {name:30} {spread([v / t for v, t in zip(values, trained)])}")
