@@ -693,7 +693,7 @@ def test_the_report_shows_what_model_and_oracles_score(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     out = tmp_path / "run"
-    argv = [*TINY_FLAGS, "--steps", "100000", "--out", str(out)]
+    argv = [*TINY_FLAGS, "--curriculum", "100000", "--out", str(out)]
     process = subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv],
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     deadline = time.time() + 60
