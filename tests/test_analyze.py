@@ -554,6 +554,21 @@ def test_a_missing_folder_is_named(sweep, tmp_path, capsys):
     assert err.count("\n") == 1 and "missing" in err and not (tmp_path / "analysis.json").exists()
 
 
+def test_half_written_pictures_replace_none(sweep, tmp_path, monkeypatch, capsys):
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
+    def half(figure, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+    monkeypatch.setattr(Figure, "savefig", half)
+    (tmp_path / "phase_grid.png").write_bytes(b"old")
+    assert a.main(["phases", str(sweep), "--out", str(tmp_path)]) == 1
+    assert "disk full" in capsys.readouterr().err
+    pictures = {f.name: f.read_bytes() for f in tmp_path.glob("*.png")}
+    assert pictures == {"phase_grid.png": b"old"}
+
+
 def test_runs_without_a_held_out_task_in_common_are_not_compared(tmp_path, capsys):
     """Two runs of one seed whose test tasks have been made disjoint."""
     for n, kept in enumerate((slice(0, 12), slice(12, 24))):
