@@ -80,7 +80,7 @@ class Config:
     max_minutes: float = option(0.0, 0.0, "save and stop after that long; 0: never", (0, 1e6))
     device: str = option("auto", "auto", "cpu, cuda, mps, ...; auto: cuda if there is one")
     amp: str = option("auto", "auto", "autocast; auto: if fast", ["auto", "bf16", "fp16", "off"])
-    compile: str = option("auto", "auto", "torch.compile; auto: on cuda", ["auto", "on", "off"])
+    compile: str = option("auto", "auto", "torch.compile; auto: if it pays", ["auto", "on", "off"])
     out: str = option("", "", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, False, "continue the run in --out")
 
@@ -101,6 +101,7 @@ EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 2048       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
 STATE = ("split", "step", "history", "lines", "end")         # of a run, beside weights and moments
+COMPILE_PAYS = 20_000         # steps on a GPU, for compiling takes over a minute
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
 
 def rank_and_world():
@@ -512,8 +513,9 @@ def train(run, cfg, signals=()):
     line = line_of(split["train_inputs"], cfg.p)
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
-    compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
-    model = torch.compile(run.model) if compiled else run.model
+    pays = device.type == "cuda" and cfg.steps >= COMPILE_PAYS
+    model = torch.compile(run.model) if cfg.compile == "on" or (
+        pays and cfg.compile == "auto") else run.model
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     finished, code = ended(run, cfg), None            # the exit code of a run that ends early
@@ -684,8 +686,10 @@ def validate(cfg):
          f"a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
     need(cfg.batch % rank_and_world()[1] == 0, "batch", "a multiple of the number of processes")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")
-    need(pick_device(cfg.device).type == "cuda" or cfg.amp != "fp16", "amp",
-         "auto, bf16 or off without a CUDA device")
+    gpus = torch.cuda.device_count() if pick_device(cfg.device).type == "cuda" else 0
+    need(gpus > 0 or cfg.amp != "fp16", "amp", "auto, bf16 or off without a CUDA device")
+    need(gpus == 0 or int(os.environ.get("LOCAL_RANK", 0)) < gpus, "device",
+         f"cpu, or torchrun with at most {gpus} processes, one for each GPU")
 
 @contextlib.contextmanager
 def noted_signals():
@@ -724,7 +728,7 @@ def main(argv=None):
     try:
         cfg, checkpoint = parse_config(argv)
         if world > 1:
-            if torch.cuda.is_available():
+            if pick_device(cfg.device).type == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
             dist.barrier()                            # none may write before all have looked

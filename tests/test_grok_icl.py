@@ -28,6 +28,7 @@ import bench  # noqa: E402
 import grok_icl as g  # noqa: E402
 
 torch.set_num_threads(1)          # tiny tensors: a second thread only waits for the first
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 TINY = dict(p=5, tasks=8, alpha=0.8, examples=10, depth=2, heads=2, embd=16, init_std=0.1, lr=0.01,
             wd=0.1, batch=16, curriculum=12, steps=12, warmup=2, eval_every=4, patience=0,
@@ -553,7 +554,9 @@ def interrupted(cfg, step, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(optimizer="adamw"), dict(amp="bf16"), dict(shared_inputs=True, curriculum=0)])
+    dict(optimizer="adamw"), dict(amp="bf16"), dict(shared_inputs=True, curriculum=0),
+    *(pytest.param(dict(device="cuda", compile="off", amp=amp), marks=needs_cuda)
+      for amp in ("off", "bf16", "fp16"))])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(g, "MASTERED", 0.1)                      # so that lines are added too
     monkeypatch.setattr(g, "PACE_EVERY", 3)
@@ -571,10 +574,47 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, c
     assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
     for name in ("last.pt", "best.pt"):
         a, b = (torch.load(d / name, weights_only=True) for d in (whole, parts))
-        assert a.pop("device") == b.pop("device") == "cpu"
+        assert a.pop("device") == b.pop("device") == changes.get("device", "cpu")
         assert {**a.pop("config"), "out": ""} == {**b.pop("config"), "out": ""}
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert all(row["lines"] > 1 for row in a["history"])
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_computes_what_the_cpu_does(compiled):
+    """Loss, logits and gradients in float32, in both shapes of the loss and with gaps."""
+    cfg = tiny(p=7, examples=8)
+    models = [g.GPT(cfg), g.GPT(cfg).cuda()]
+    models[1].load_state_dict(models[0].state_dict())
+    tokens = random_tokens(7, 6, 20)
+    places = g.spread_positions(cfg, 1, torch.Generator().manual_seed(1))[:18]
+    for score_y, positions in ((True, places), (False, places), (False, None)):
+        seen = []
+        for model, device in zip(models, ("cpu", "cuda")):
+            model.zero_grad()
+            call = torch.compile(model) if compiled and device == "cuda" else model
+            there = positions if positions is None else positions.to(device)
+            loss, logits = g.training_loss(call, tokens.to(device), score_y, there)
+            loss.backward()
+            seen.append([t.detach().cpu() for t in (
+                loss, logits, *(w.grad for w in model.parameters()))])
+        torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+
+
+@needs_cuda
+def test_a_compiled_run_on_cuda_learns_and_reports(tmp_path):
+    """As a user would; its checkpoint is read on a CPU."""
+    done = run([*TINY_FLAGS, "--device", "auto", "--amp", "auto", "--compile", "on", "--steps", "150",
+                "--curriculum", "0", "--eval-every", "50", "--out", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert "on cuda" in done.stdout and "Phase:" in done.stdout
+    checkpoint, cfg, model = g.load_checkpoint(tmp_path / "best.pt")
+    rows = list(csv.DictReader(open(tmp_path / "metrics.csv")))
+    assert float(rows[-1]["loss"]) < math.log(5) - 0.05          # of five residues, below chance's
+    tokens = g.eval_sequences(checkpoint["split"], "val_ood", 512, 10, 5, cfg.seed + 1)["id_train"]
+    again = g.evaluate(model, tokens)[0, -1].item()              # bfloat16 there, float32 here
+    assert abs(again - checkpoint["history"][-1]["id_train"]) < 0.05
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -893,6 +933,17 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="--batch 16"):
         g.parse_config(TINY_FLAGS)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    g.parse_config(TINY_FLAGS)                                   # any number on a CPU
+    monkeypatch.setattr(g, "pick_device", lambda name: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(g.BadInput, match="--device cpu: .* at most 2 processes"):
+        g.parse_config(TINY_FLAGS)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    g.parse_config(TINY_FLAGS)
 
 
 class Exploit:
