@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -29,10 +30,12 @@ import grok_icl as g
 SHOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)           # that a table shows, and the last one
 SEED = 7                      # of the contexts and of the random orders
 CONTEXTS = 4                  # over which pca, fourier and similarity are averaged
-SEQUENCES = 128               # for attention, patching and progress; twice as many for labels
+SEQUENCES = 128               # for attention, patching, progress; several times as many for votes
+EACH_PAIR = 30                # sequences for each pair of offsets, in votes
+FETCHED = 0.1                 # attention to the examples at an offset that counts as fetching them
 NULLS = 200                   # random orders of the residues: a p-value can be as low as 1 / 201
 KEPT = (1, 2, 4, 8, 16)       # characters of each function
-PARTS = "shots skills attention pca fourier similarity patching labels progress".split()
+PARTS = "shots skills attention pca fourier similarity patching votes progress".split()
 GROUPS = ("multiplicative", "additive")
 SKILLS = ("copy", "ratio", "regression", "undetermined")
 WHO = ("model", "ratio", "regression", "exact memory", "best fit")
@@ -502,56 +505,136 @@ def show_patching(lab, found):
           f"{', '.join(found['kept'])}: {100 * found['only']:.1f}; chance {100 / lab.p:.1f}")
 
 # -------------------------------------------------------------------------------------------------
-# Labels: change one example's z. Which algorithm says how the answer must move?
+# Votes: how a deeper model answers a query whose line no example is on (not in the paper)
 # -------------------------------------------------------------------------------------------------
+# Any two examples on different lines determine the answer. Does the model combine two, and which?
+# The *offset* of an example: how many steps of the discrete logarithm its ratio y/x is below the
+# query's. Ratio Matching fetches offset 0. Which others do heads fetch, and is a pair of examples
+# solved just if two different heads fetch them? No input is on an axis: 0 has no logarithm.
 
-def pick(lab, shots, n):
-    """Sequences of o.o.d. tasks whose last query is novel, not (0, 0), and has n on its line."""
-    tokens = g.to_tokens(*contexts(lab, "test_ood", 80 * SEQUENCES, shots + 1), lab.p)
-    line = lines(tokens, lab.p)
-    good = ((line[:, :-1] == line[:, -1:]).sum(1) == n) & g.novel_queries(tokens)[:, -1]
-    return tokens[good & (line[:, -1] >= 0)][:2 * SEQUENCES]
+def at_offsets(lab, offsets):
+    """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3)."""
+    m, generator, tasks = lab.p - 1, torch.Generator().manual_seed(SEED), lab.split["test_ood"]
+    offsets = F.pad(offsets, (0, 1))                                     # the query's own is 0
+    log_ratio = torch.randint(m, (len(offsets), 1), generator=generator) - offsets
+    log_x = torch.randint(m, offsets.shape, generator=generator)
+    inputs = powers(lab.p)[torch.stack((log_x, log_x + log_ratio), dim=-1) % m]
+    chosen = torch.randint(len(tasks), (len(offsets),), generator=generator)
+    return g.to_tokens(tasks[chosen], inputs, lab.p)
 
-def divide(a, b, p):
-    """a / b mod p, elementwise; p where b is 0."""
-    return g.line_of(torch.stack((b, a), -1), p)
+@torch.no_grad()
+def vote(lab, tokens, size):
+    """The z (B,) with the most votes of every `size` examples: when these alone stand before the
+    query, they vote with their log-probabilities. All examples together are the model itself."""
+    *examples, query = tokens.to(lab.device).split(3, dim=1)
+    return sum(lab.model(torch.cat((*few, query), dim=1)[:, :-1])[:, -1].log_softmax(-1)
+               for few in itertools.combinations(examples, size)).argmax(-1).cpu()
 
-def measure_labels(lab):
-    """{shots: how often the answer moves as an algorithm says if one z is changed by delta}."""
-    # "on": of the one example on the query's line, c = query / example: it moves by c delta; "off":
-    # of another, it stays; "two off", Modular Regression: of one of two, neither on the line.
-    p, generator, found = lab.p, torch.Generator().manual_seed(SEED), {}
+def accuracy_of_pairs(lab, pairs, run=answers):
+    """Of run(lab, tokens) after two examples at these offsets, pairs (n, 2): (n,)."""
+    tokens = at_offsets(lab, torch.cat((pairs, pairs.flip(1))).repeat(EACH_PAIR, 1))
+    said = torch.cat([run(lab, t)[:, -1] for t in tokens.split(g.CHUNK)])
+    return (said == tokens[:, -1]).float().view(-1, len(pairs)).mean(0)
 
-    def moves(tokens, which, c):
-        delta = torch.randint(1, p, (len(tokens),), generator=generator)
-        changed, at = tokens.clone(), (torch.arange(len(tokens)), 3 * which + 2)
-        changed[at] = (changed[at] + delta) % p
-        move = answers(lab, changed)[:, -1] - answers(lab, tokens)[:, -1]
-        return (move % p == c * delta % p).float().mean().item()
-    for shots in [s for s in (1, 2, 4, 8, 16) if s < lab.k - 1] + [lab.k - 1]:
-        tokens = pick(lab, shots, 1)
-        line, (x, y) = lines(tokens, p), tokens[:, -3:-1].T
-        on = (line[:, :-1] == line[:, -1:]).int()                                    # (B, shots)
-        u, v = tokens.unflatten(1, (-1, 3))[torch.arange(len(on)), on.argmax(1), :2].T
-        c = torch.where(u > 0, divide(x, u, p), divide(y, v, p))
-        found[shots] = {"on": moves(tokens, on.argmax(1), c),
-                        "off": moves(tokens, on.argmin(1), 0) if shots > 1 else None,
-                        "two off": None}
-    if lab.k > 2:
-        tokens = pick(lab, 2, 0)
-        u, v, _, r, s, _, x, y, _ = tokens.T
-        c = divide((x * s - y * r) % p, (u * s - v * r) % p, p)                      # Cramer's rule
-        found[2]["two off"] = moves(tokens[c < p], 0 * c[c < p], c[c < p])           # independent
-    return found
+def attention_by_offset(lab):
+    """Of each head, from the query's y to the z of one of eight examples: (heads, p - 1)."""
+    generator = torch.Generator().manual_seed(SEED)
+    offsets = torch.randint(lab.p - 1, (8 * SEQUENCES, min(8, lab.k - 1)), generator=generator)
+    scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
+                    lambda: answers(lab, at_offsets(lab, offsets)))                  # (B, H, T, T)
+    weights = torch.cat([s.softmax(-1)[:, :, -2, 2:-1:3] for s in scores.values()], dim=1)
+    is_at = F.one_hot(offsets, lab.p - 1).float()                          # (B, shots, p - 1)
+    return torch.einsum("bhs,bso->ho", weights, is_at) / is_at.sum((0, 1))
 
-def show_labels(lab, found):
-    table("One example's z changed: how often, in %, the answer moves as an algorithm says", found,
-          "by shots; on the query's line, or off it: as Ratio Matching says; two off: as Modular "
-          f"Regression; chance {100 / lab.p:.1f}")
+def by_two_heads(fetches, pairs):
+    """Whether two different heads fetch a pair (n, 2): (n,). fetches (heads, p - 1): 0 or 1."""
+    first, second = fetches[:, pairs].movedim(-1, 0)                                 # (heads, n)
+    return first.sum(0) * second.sum(0) > (first * second).sum(0)    # more than one head for both
+
+def votes_by_shots(lab, solved):
+    """{shots: ...}: how model and votes do; solved (p - 1, p - 1): which pairs are, alone."""
+    rows, generator = {}, torch.Generator().manual_seed(SEED)
+    for n in [n for n in (2, 3, 4, 6, 8, 12) if n < lab.k]:
+        offsets = torch.randint(1, lab.p - 1, (4 * SEQUENCES, 2 * n), generator=generator)
+        tokens = at_offsets(lab, offsets)               # n examples, n more of the task, a query
+        ours, z = torch.cat((tokens[:, :3 * n], tokens[:, -3:]), dim=1), tokens[:, -1]
+        model, singles, pairs = (vote(lab, ours, size) for size in (n, 1, 2))
+        right, others = model == z, vote(lab, tokens[:, 3 * n:], 2)
+        good = solved[offsets[:, :n, None], offsets[:, None, :n]].any(2).any(1)
+        values = {"model": right, "votes of singles": singles == z, "votes of pairs": pairs == z,
+                  "same errors": (pairs == model)[~right], "by others": (others == model)[~right],
+                  "no solved pair": right[~good], "a solved pair": right[good]}
+        rows[n] = {name: value.float().mean().item() for name, value in values.items()}
+    return rows
+
+def measure_votes(lab):
+    """Tables "shots", "kinds", "heads"; "attention" (heads, p - 1), "pairs" (p - 1, p - 1)."""
+    m, attention = lab.p - 1, attention_by_offset(lab)
+    even = attention[:, 1:].mean(1, keepdim=True)                # of a head that looks at all alike
+    fetches = ((attention > FETCHED) & (attention > 2 * even)).float()
+    pairs = torch.combinations(torch.arange(1, m))                                   # (n, 2)
+    right, two = accuracy_of_pairs(lab, pairs), by_two_heads(fetches, pairs)
+    both = (fetches.sum(0) > 0)[pairs].all(1)                    # by one head or by two
+    table = torch.full((m, m), math.nan)
+    table[tuple(pairs.T)] = table[tuple(pairs.flip(1).T)] = right
+    tokens = at_offsets(lab, torch.randint(1, m, (g.CHUNK, 2)))
+    seen = record(sites(lab.model), lambda: answers(lab, tokens))
+    means, heads = {site: values.mean(0) for site, values in seen.items()}, {}
+    for h in fetches[:, 1:].sum(1).nonzero()[:, 0].tolist():
+        held = accuracy_of_pairs(lab, pairs[two], lambda lab, tokens: answers_with(
+            lab, tokens, means, [(f"head {lab.heads[h]}", slice(7, 8))]))          # the query's y
+        rest = by_two_heads(torch.cat((fetches[:h], fetches[h + 1:])), pairs[two])
+        offsets = " ".join(str(o) for o in fetches[h].nonzero()[:, 0].tolist())
+        heads[lab.heads[h]] = {"offsets": offsets} | {
+            f"{name}{how}": values[which].mean().item()
+            for name, which in (("need it", ~rest), ("others", rest))
+            for how, values in (("", right[two]), (", held", held))}
+    kinds = {"two heads": two, "one head": both & ~two, "not both fetched": ~both}
+    kinds = {name: {"pairs": str(int(kind.sum())), "accuracy": right[kind].mean().item()}
+             for name, kind in kinds.items()}
+    return {"shots": votes_by_shots(lab, table > 0.5), "kinds": kinds, "heads": heads,
+            "attention": attention, "pairs": table}
+
+def show_votes(lab, found):
+    table("Queries whose line no example is on: accuracy of model and of votes, in %",
+          found["shots"], "by shots; same errors: of the model's wrong answers, how many votes of "
+          "pairs give too, and\nthose of other examples of the task; a solved pair: alone it is "
+          f"right in over half; chance {100 / lab.p:.1f}")
+    table("Accuracy after two examples, in %, by who fetches them", found["kinds"])
+    if found["heads"]:
+        table("Pairs that two heads fetch: those that need a head, and others, also with it held",
+              found["heads"], f"fetch: over {100 * FETCHED:.0f}% attention and twice an even share")
+
+def draw_votes(plt, lab, found):
+    fig, (curves, grid, circle) = plt.subplots(1, 3, figsize=(10, 3.2))
+    styles = {"model": "o-C0", "votes of pairs": "x--C1", "votes of singles": "+:C7"}
+    for name, style in styles.items():
+        values = [100 * row[name] for row in found["shots"].values()]
+        curves.plot([*found["shots"]], values, style, label=name)
+    curves.set(title="accuracy (%), no example on the line", xlabel="shots", ylim=(0, 104))
+    curves.legend()
+    image = grid.imshow(100 * found["pairs"], vmin=0, vmax=100, origin="lower")
+    grid.set(title="accuracy after two examples", xlabel="offset of one", ylabel="of the other")
+    fig.colorbar(image, ax=grid, label="%", shrink=0.8)
+    angle = np.exp(2j * np.pi * np.arange(lab.p - 1) / (lab.p - 1))
+    for ring, head in enumerate(found["heads"]):
+        at, size = (0.4 + 0.15 * ring) * angle, 80 * found["attention"][lab.heads.index(head)]
+        circle.scatter(at.real, at.imag, size, label=f"head {head}")
+    for offset, at in enumerate(1.2 * angle):
+        circle.annotate(offset, (at.real, at.imag), ha="center", va="center")
+    circle.set(title="attention by offset", aspect="equal", xlim=(-2.2, 1.3), ylim=(-1.4, 1.4),
+               xticks=[], yticks=[])
+    if found["heads"]:
+        circle.legend(loc="upper left")
+    return {"votes.png": fig}
 
 # -------------------------------------------------------------------------------------------------
 # Progress over training, from the snapshots of grok_icl.py --snapshots
 # -------------------------------------------------------------------------------------------------
+
+def divide(a, b, p):
+    """a / b mod p, elementwise; p where b is 0."""
+    return g.line_of(torch.stack((b, a), -1), p)
 
 def measure_progress(lab):
     """Over the S snapshots; the head is the one whose circle is clearest in the checkpoint."""
@@ -687,7 +770,9 @@ def open_lab(path, device):
     return SimpleNamespace(
         model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, snapshots=snapshots,
         heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
-        parts=PARTS if snapshots else PARTS[:-1],                # the last is progress
+        parts=[part for part, possible in {**dict.fromkeys(PARTS, True), "progress": snapshots,
+                                           "votes": cfg.p > 3 and cfg.examples > 2}.items()
+               if possible],
         **{name: checkpoint[name] for name in ("split", "step", "history")})
 
 def open_runs(folders, device):

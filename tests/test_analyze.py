@@ -318,14 +318,117 @@ def exact(algorithm, p=7):
     return model
 
 
-def test_changed_labels_tell_the_two_algorithms_apart(monkeypatch):
-    monkeypatch.setattr(a, "SEQUENCES", 30)
-    ratio, regression = (a.measure_labels(planted_lab(exact(name), examples=5))
-                         for name in ("ratio", "regression"))
-    assert [row["on"] for row in ratio.values()] == [1, 1, 1]
-    assert [ratio[2]["off"], ratio[4]["off"], regression[2]["two off"]] == [1, 1, 1]
-    assert ratio[2]["two off"] == 0 and regression[4]["off"] < 1 and regression[4]["on"] < 0.9
-    assert list(ratio) == [1, 2, 4] and ratio[1]["off"] is None is ratio[4]["two off"]
+def offset_by_trial(inputs, p):
+    """Of each example, by trial: k such that y/x is base^k v/u; (n, k, 2) -> (n, k - 1)."""
+    base = a.powers(p)[1].item()
+    return torch.tensor([[next(k for k in range(p - 1)
+                               if (y * u - pow(base, k, p) * v * x) % p == 0)
+                          for u, v in examples] for *examples, (x, y) in inputs.tolist()])
+
+
+def test_examples_stand_at_their_offsets():
+    lab = planted_lab(p=11, tasks=40)
+    offsets = torch.randint(10, (200, 3), generator=torch.Generator().manual_seed(1))
+    tokens = a.at_offsets(lab, offsets)
+    inputs = tokens.unflatten(1, (-1, 3))[..., :2]
+    assert (inputs > 0).all() and len(inputs.flatten(0, 1).unique(dim=0)) == 100
+    assert torch.equal(offset_by_trial(inputs, 11), offsets)
+    known = set(map(tuple, lab.split["test_ood"].tolist()))
+    for row in tokens.view(-1, 4, 3).tolist():
+        assert any(all((c * x + d * y - z) % 11 == 0 for x, y, z in row) for c, d in known)
+
+
+def solver_of(which, p=7):
+    """A model that is exact on queries after two examples at offsets in `which`, for any order, and
+    surest there; with more examples it takes the first such pair, with none it says 0."""
+    regression = exact("regression", p)
+
+    def model(tokens, everywhere=True):
+        logits = torch.zeros(len(tokens), 1, p)
+        z = tokens[:, :1][:, :-tokens.size(1) % 3]               # any, if it isn't there
+        sequences = torch.cat((tokens, z), dim=1).unflatten(1, (-1, 3))
+        offsets = offset_by_trial(sequences[..., :2], p).tolist()
+        for b, row in enumerate(offsets):
+            good = [pair for pair in itertools.combinations(range(len(row)), 2)
+                    if {row[i] for i in pair} in which]
+            if good:
+                chosen = sequences[b, [*good[0], -1]].flatten()[None, :-1]
+                logits[b] = 9 * regression(chosen)[0, -1]
+            else:
+                logits[b, 0, 0] = 1
+        return logits.expand(-1, tokens.size(1), -1) if everywhere else logits
+    return model
+
+
+def test_pairs_of_a_planted_solver_are_found(monkeypatch):
+    monkeypatch.setattr(a, "EACH_PAIR", 10)
+    lab = planted_lab(solver_of([{1, 3}, {2, 5}]))
+    lab.split["test_ood"] = torch.tensor([(2, 3), (3, 5), (6, 4)])
+    pairs = torch.combinations(torch.arange(1, 6))
+    right = dict(zip(map(tuple, pairs.tolist()), a.accuracy_of_pairs(lab, pairs).tolist()))
+    assert right.pop((1, 3)) == right.pop((2, 5)) == 1 and max(right.values()) < 0.5
+
+
+def test_votes_tell_a_solver_of_pairs_from_others(monkeypatch):
+    monkeypatch.setattr(a, "SEQUENCES", 15)
+    solved = torch.zeros(6, 6, dtype=torch.bool)
+    solved[1, 3] = solved[3, 1] = True
+    split = {"test_ood": torch.tensor([(2, 3), (3, 5), (6, 4)])}
+    lab = planted_lab(solver_of([{1, 3}]), examples=5)
+    lab.split = split
+    row = a.votes_by_shots(lab, solved)[4]
+    assert row["votes of pairs"] == row["model"] > 0.5 and row["same errors"] == 1
+    assert row["a solved pair"] == 1 > 0.6 > row["no solved pair"] and row["votes of singles"] < 0.5
+    lab = planted_lab(exact("ratio"), examples=5)                # off all lines it says 0
+    lab.split = split
+    for row in a.votes_by_shots(lab, solved).values():
+        assert max(row["model"], row["votes of pairs"]) < 0.3
+
+
+def test_a_pair_takes_two_different_heads():
+    fetches = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]).float()
+    pairs = torch.combinations(torch.arange(1, 5))
+    expected = [any(fetches[h, i] and fetches[k, j] for h, k in ((0, 1), (1, 0)))
+                for i, j in pairs.tolist()]
+    assert a.by_two_heads(fetches, pairs).tolist() == expected
+    assert not a.by_two_heads(fetches[:1], pairs).any()          # one head alone solves none
+
+
+def test_heads_that_fetch_are_found_and_matter(monkeypatch):
+    """Heads that look at offsets 2 and 3; answers that are right unless one is held."""
+    monkeypatch.setattr(a, "EACH_PAIR", 10)
+    lab = planted_lab(solver_of([{2, 3}]), examples=5)
+    lab.model.blocks = g.GPT(lab.cfg).blocks                     # for their modules' names alone
+    lab.split["test_ood"] = torch.tensor([(2, 3), (3, 5), (6, 4)])
+    at_offsets, asked = a.at_offsets, []
+    monkeypatch.setattr(a, "at_offsets", lambda lab, o: asked.append(o) or at_offsets(lab, o))
+
+    def record(modules, run):
+        if 0 not in modules:                                     # sites: the means, not used here
+            return {site: torch.zeros(1, 1) for site in modules}
+        run()
+        offsets = asked[-1]
+        scores = torch.full((len(offsets), 2, 15, 15), -5.0)
+        for head, wanted in ((0, 2), (1, 3)):
+            scores[:, head, -2, 2:-1:3] += 9 * (offsets == wanted)
+        return {0: scores, 1: 0 * scores}
+    held = []
+
+    def answers_with(lab, tokens, values, changes):
+        held.extend(changes)
+        return torch.zeros(len(tokens), 1, dtype=torch.long)
+    monkeypatch.setattr(a, "record", record)
+    monkeypatch.setattr(a, "answers_with", answers_with)
+    monkeypatch.setattr(a, "votes_by_shots", lambda lab, solved: solved)
+    found = a.measure_votes(lab)
+    assert [row["offsets"] for row in found["heads"].values()] == ["2", "3"]
+    assert list(found["heads"]) == ["0.0", "0.1"]
+    assert {part for part, _ in held} == {"head 0.0", "head 0.1"}
+    assert found["kinds"]["two heads"] == {"pairs": "1", "accuracy": 1.0}
+    assert found["kinds"]["not both fetched"]["accuracy"] < 0.5
+    for row in found["heads"].values():
+        assert row["need it"] == 1 and row["need it, held"] < 0.5
+    assert found["shots"].nonzero().tolist() == [[2, 3], [3, 2]]
 
 
 def one_head_alone():
@@ -443,7 +546,7 @@ def test_pictures_of_a_run(tiny_run, tmp_path, quick, capsys):
     need_matplotlib()
     assert a.main([str(tiny_run), "--out", str(tmp_path)]) is None
     pictures = {f.name for f in tmp_path.iterdir()} - {"analysis.json", "analysis.npz"}
-    names = ("skills", "skill_grid", "attention", "pca", "similarity")
+    names = ("skills", "skill_grid", "attention", "pca", "similarity", "votes")
     assert pictures == {f"{n}.png" for n in names} | {"progress.gif"}
     assert (tmp_path / "progress.gif").stat().st_size < 2e6
     from PIL import Image                                        # matplotlib brings it along
@@ -457,8 +560,9 @@ def test_the_shortest_sequences_can_be_analyzed(tmp_path, quick, capsys):
     run = g.start(cfg)
     g.save(run, cfg, "best.pt")
     assert a.main([str(tmp_path)]) is None
-    labels = json.load(open(tmp_path / "analysis.json"))["labels"]
-    assert list(labels) == ["1"] and 0 <= labels["1"]["on"] <= 1
+    parts = json.load(open(tmp_path / "analysis.json"))
+    assert "patching" in parts and "votes" not in parts and "progress" not in parts
+    assert a.main([str(tmp_path), "votes"]) == 2 and "votes: not of" in capsys.readouterr().err
 
 
 def test_frames_of_the_film_are_turned_and_mirrored_as_the_first(tiny_run, monkeypatch):
