@@ -555,7 +555,7 @@ def votes_by_shots(lab, solved):
     """{shots: ...}: how model and votes do; solved (p - 1, p - 1): which pairs are, alone."""
     rows, generator = {}, torch.Generator().manual_seed(SEED)
     for n in [n for n in (2, 3, 4, 6, 8, 12) if n < lab.k]:
-        offsets = torch.randint(1, lab.p - 1, (4 * SEQUENCES, 2 * n), generator=generator)
+        offsets = torch.randint(1, lab.p - 1, (2 * SEQUENCES, 2 * n), generator=generator)
         tokens = at_offsets(lab, offsets)               # n examples, n more of the task, a query
         ours, z = torch.cat((tokens[:, :3 * n], tokens[:, -3:]), dim=1), tokens[:, -1]
         model, singles, pairs = (vote(lab, ours, size) for size in (n, 1, 2))

@@ -62,7 +62,6 @@ class Config:
     curriculum: int = option(2000, 0, "steps that the curriculum may take; 0: none", (0, 10**9))
     spread: bool = option(True, False, "on few lines, gaps between examples; spread_positions()")
     score_y: bool = option(True, False, "while the curriculum has one line, learn y as well")
-    axes: bool = option(False, False, "every other sequence begins with an example on each axis")
     shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
     optimizer: str = option("muon", "adamw", "updates the blocks' matrices", ["muon", "adamw"])
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
@@ -180,8 +179,7 @@ def training_batch(split, line, cfg, lines, generator):
     Inputs are drawn evenly, with replacement; line is line_of(split["train_inputs"]). In the
     curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line
     any example but (0, 0) answers any query by Ratio Matching: the model learns to divide. With
-    more it must also find the example to divide by. With cfg.axes and all lines, every other choice
-    of inputs begins on the axes, (x, 0), (0, y): there Modular Regression is easy."""
+    more it must also find the example to divide by."""
     tasks, inputs = split["id"], split["train_inputs"]
     batch, k = step_shape(cfg, lines)
     rounds = math.ceil(batch / len(tasks))
@@ -193,10 +191,6 @@ def training_batch(split, line, cfg, lines, generator):
         kept = torch.randint(len(line), (n, lines), generator=generator, device=line.device)
         allowed = torch.zeros_like(allowed).scatter_(1, line[kept], 1)
     chosen = torch.multinomial(allowed[:, line], k, replacement=True, generator=generator)  # (n, k)
-    if cfg.axes and lines > cfg.p:
-        for i, axis in enumerate((0, cfg.p)):                # y/x = 0; x = 0
-            weights = (line == axis) + 1e-9                  # if none is trained on: any
-            chosen[::2, i] = torch.multinomial(weights, len(chosen[::2]), True, generator=generator)
     if cfg.shared_inputs:
         chosen = chosen.repeat_interleave(len(tasks), 0)[:batch]
     return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)

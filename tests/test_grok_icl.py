@@ -149,17 +149,6 @@ def test_batches_are_balanced_and_share_their_inputs_or_not(batch, shared):
     assert sum(map(len, different)) == (math.ceil(batch / 12) if shared else batch)
 
 
-@pytest.mark.parametrize("lines", [4, 8])
-def test_every_other_sequence_begins_on_the_axes(lines):
-    """Once all lines are allowed; without --axes, and before, few do."""
-    _, sequences = batch_of(tiny(p=7, tasks=12, batch=200, examples=6, axes=True), lines)
-    begins = (sequences[:, 0, 1] == 0) & (sequences[:, 1, 0] == 0)             # (x, 0), (0, y)
-    assert begins[::2].all() == (lines == 8) and begins[1::2].float().mean() < 0.1
-    inputs = g.grid(7)[7:]                                       # none with x = 0
-    split, sequences = batch_of(tiny(p=7, tasks=12, examples=6, axes=True), 8, inputs=inputs)
-    assert set(rows(sequences[..., :2].flatten(0, 1))) <= set(rows(split["train_inputs"]))
-
-
 def test_every_training_input_is_drawn_evenly():
     _, sequences = batch_of(tiny(p=3, tasks=4, batch=12_000, examples=3), 4, g.grid(3))
     xy = sequences[..., :2].flatten(0, 1)
