@@ -606,7 +606,7 @@ def show_votes(lab, found):
               found["heads"], f"fetch: over {100 * FETCHED:.0f}% attention and twice an even share")
 
 def draw_votes(plt, lab, found):
-    fig, (curves, grid, circle) = plt.subplots(1, 3, figsize=(10, 3.2))
+    fig, (curves, grid, circle) = plt.subplots(1, 3, figsize=(10.5, 3))
     styles = {"model": "o-C0", "votes of pairs": "x--C1", "votes of singles": "+:C7"}
     for name, style in styles.items():
         values = [100 * row[name] for row in found["shots"].values()]
@@ -622,10 +622,10 @@ def draw_votes(plt, lab, found):
         circle.scatter(at.real, at.imag, size, label=f"head {head}")
     for offset, at in enumerate(1.2 * angle):
         circle.annotate(offset, (at.real, at.imag), ha="center", va="center")
-    circle.set(title="attention by offset", aspect="equal", xlim=(-2.2, 1.3), ylim=(-1.4, 1.4),
+    circle.set(title="attention by offset", aspect="equal", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4),
                xticks=[], yticks=[])
     if found["heads"]:
-        circle.legend(loc="upper left")
+        circle.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return {"votes.png": fig}
 
 # -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ trained on from the examples in front of it: in-context learning, out of distrib
 
     python grok_icl.py --preset quick            p = 13, 41 seconds on two CPU cores
     python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 2.5 minutes on two CPU cores
+    python grok_icl.py --preset regression       deeper: two examples combined; 4 minutes on a GPU
     python grok_icl.py --preset paper            as published; wants a GPU
 """
 import argparse
@@ -88,6 +89,7 @@ FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
 
 PRESETS = {                   # in place of the defaults; a flag on the command line outdoes both
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
+    "regression": dict(tasks=640, depth=4, heads=8, embd=256, init_std=.035, batch=128, steps=6000),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)},
 }
 
@@ -630,8 +632,9 @@ def parse_config(argv=None):
     parser = argparse.ArgumentParser(description="Train on modular arithmetic in context.",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    parser.add_argument("--preset", choices=PRESETS, help="quick: " + " ".join(
-        f"{k} {v}" for k, v in PRESETS["quick"].items()) + "; paper: all as published")
+    parser.add_argument("--preset", choices=PRESETS, help="; ".join(name + ": " + " ".join(
+        f"{k} {v}" for k, v in PRESETS[name].items()) for name in ("quick", "regression"))
+        + "; paper: all as published")
     for f in fields(Config):
         paper, text, accepts = f.metadata.values()
         value = f.default if f.default == paper else f"{f.default}; paper: {paper}"
