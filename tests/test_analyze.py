@@ -377,8 +377,8 @@ def test_votes_tell_a_solver_of_pairs_from_others(monkeypatch):
     lab = planted_lab(solver_of([{1, 3}]), examples=5)
     lab.split = split
     row = a.votes_by_shots(lab, solved)[4]
-    assert row["votes of pairs"] == row["model"] > 0.5 and row["same errors"] == 1
-    assert row["a solved pair"] == 1 > 0.6 > row["no solved pair"] and row["votes of singles"] < 0.5
+    assert row["votes of pairs"] == row["model"] > row["votes of singles"] + 0.1
+    assert row["same errors"] == row["a solved pair"] == 1 > 0.6 > row["no solved pair"]
     lab = planted_lab(exact("ratio"), examples=5)                # off all lines it says 0
     lab.split = split
     for row in a.votes_by_shots(lab, solved).values():
@@ -411,7 +411,9 @@ def test_heads_that_fetch_are_found_and_matter(monkeypatch):
         scores = torch.full((len(offsets), 2, 15, 15), -5.0)
         for head, wanted in ((0, 2), (1, 3)):
             scores[:, head, -2, 2:-1:3] += 9 * (offsets == wanted)
-        return {0: scores, 1: 0 * scores}
+        even = torch.full_like(scores, -5.0)                     # looks at all examples alike
+        even[:, :, -2, 2:-1:3] = 5
+        return {0: scores, 1: even}
     held = []
 
     def answers_with(lab, tokens, values, changes):
@@ -751,7 +753,6 @@ def test_shipped_checkpoints_are_what_their_results_say(row):
     """results.json has the closing report's figures, novel queries; here on fewer sequences."""
     checkpoint, cfg, model = g.load_checkpoint(ROOT / "assets" / row["file"])
     assert checkpoint["step"] == row["step"] and (cfg.p, cfg.seed) == (row["p"], row["seed"])
-    sets = g.eval_sequences(checkpoint["split"], "test_ood", 1024, cfg.examples, cfg.p,
-                            cfg.seed + 2)
+    sets = g.eval_sequences(checkpoint["split"], "test_ood", 512, cfg.examples, cfg.p, cfg.seed + 2)
     for name in ("test_ood_train", "test_ood_test"):
         assert g.evaluate(model, sets[name])[1, -1].item() == pytest.approx(row[name], abs=0.05)
