@@ -753,6 +753,7 @@ def test_shipped_checkpoints_are_what_their_results_say(row):
     """results.json has the closing report's figures, novel queries; here on fewer sequences."""
     checkpoint, cfg, model = g.load_checkpoint(ROOT / "assets" / row["file"])
     assert checkpoint["step"] == row["step"] and (cfg.p, cfg.seed) == (row["p"], row["seed"])
-    sets = g.eval_sequences(checkpoint["split"], "test_ood", 512, cfg.examples, cfg.p, cfg.seed + 2)
+    sets = g.eval_sequences(checkpoint["split"], "test_ood", 2048 // cfg.depth, cfg.examples,
+                            cfg.p, cfg.seed + 2)
     for name in ("test_ood_train", "test_ood_test"):
         assert g.evaluate(model, sets[name])[1, -1].item() == pytest.approx(row[name], abs=0.05)
