@@ -32,7 +32,7 @@ SEED = 7                      # of the contexts and of the random orders
 CONTEXTS = 4                  # over which pca, fourier and similarity are averaged
 SEQUENCES = 128               # for attention, patching, progress; several times as many for votes
 EACH_PAIR = 30                # sequences for each pair of offsets, in votes
-FETCHED = 0.1                 # attention to the examples at an offset that counts as fetching them
+FETCHED = 0.1                 # attention to an example that counts as fetching it
 NULLS = 200                   # random orders of the residues: a p-value can be as low as 1 / 201
 KEPT = (1, 2, 4, 8, 16)       # characters of each function
 PARTS = "shots skills attention pca fourier similarity patching votes progress".split()
@@ -549,7 +549,7 @@ def attention_by_offset(lab):
 def by_two_heads(fetches, pairs):
     """Whether two different heads fetch a pair (n, 2): (n,). fetches (heads, p - 1): 0 or 1."""
     first, second = fetches[:, pairs].movedim(-1, 0)                                 # (heads, n)
-    return first.sum(0) * second.sum(0) > (first * second).sum(0)    # more than one head for both
+    return first.sum(0) * second.sum(0) > (first * second).sum(0)      # pairs of heads, less h = h
 
 def votes_by_shots(lab, solved):
     """{shots: ...}: how model and votes do; solved (p - 1, p - 1): which pairs are, alone."""
@@ -570,13 +570,13 @@ def votes_by_shots(lab, solved):
 def measure_votes(lab):
     """Tables "shots", "kinds", "heads"; "attention" (heads, p - 1), "pairs" (p - 1, p - 1)."""
     m, attention = lab.p - 1, attention_by_offset(lab)
-    even = attention[:, 1:].mean(1, keepdim=True)                # of a head that looks at all alike
+    even = attention[:, 1:].mean(1, keepdim=True)                # what a head has for any offset
     fetches = ((attention > FETCHED) & (attention > 2 * even)).float()
     pairs = torch.combinations(torch.arange(1, m))                                   # (n, 2)
     right, two = accuracy_of_pairs(lab, pairs), by_two_heads(fetches, pairs)
     both = (fetches.sum(0) > 0)[pairs].all(1)                    # by one head or by two
-    table = torch.full((m, m), math.nan)
-    table[tuple(pairs.T)] = table[tuple(pairs.flip(1).T)] = right
+    by_offset = torch.full((m, m), math.nan)
+    by_offset[tuple(pairs.T)] = by_offset[tuple(pairs.flip(1).T)] = right
     tokens = at_offsets(lab, torch.randint(1, m, (g.CHUNK, 2)))
     seen = record(sites(lab.model), lambda: answers(lab, tokens))
     means, heads = {site: values.mean(0) for site, values in seen.items()}, {}
@@ -590,20 +590,22 @@ def measure_votes(lab):
             for name, which in (("need it", ~rest), ("others", rest))
             for how, values in (("", right[two]), (", held", held))}
     kinds = {"two heads": two, "one head": both & ~two, "not both fetched": ~both}
-    kinds = {name: {"pairs": str(int(kind.sum())), "accuracy": right[kind].mean().item()}
-             for name, kind in kinds.items()}
-    return {"shots": votes_by_shots(lab, table > 0.5), "kinds": kinds, "heads": heads,
-            "attention": attention, "pairs": table}
+    kinds = {name: {"pairs": str(int(kind.sum())), "solved": str(int((right[kind] > 0.5).sum())),
+                    "accuracy": right[kind].mean().item()} for name, kind in kinds.items()}
+    return {"shots": votes_by_shots(lab, by_offset > 0.5), "kinds": kinds, "heads": heads,
+            "attention": attention, "pairs": by_offset}
 
 def show_votes(lab, found):
     table("Queries whose line no example is on: accuracy of model and of votes, in %",
           found["shots"], "by shots; same errors: of the model's wrong answers, how many votes of "
           "pairs give too, and\nthose of other examples of the task; a solved pair: alone it is "
           f"right in over half; chance {100 / lab.p:.1f}")
-    table("Accuracy after two examples, in %, by who fetches them", found["kinds"])
+    table("Accuracy after two examples, in %, by who fetches them", found["kinds"],
+          "fetch: over a tenth of a head's attention, and twice its mean over all offsets but 0;\n"
+          "solved: right in over half")
     if found["heads"]:
         table("Pairs that two heads fetch: those that need a head, and others, also with it held",
-              found["heads"], f"fetch: over {100 * FETCHED:.0f}% attention and twice an even share")
+              found["heads"], "accuracy in %; held: at its mean, at the query's y")
 
 def draw_votes(plt, lab, found):
     fig, (curves, grid, circle) = plt.subplots(1, 3, figsize=(10.5, 3))
@@ -614,15 +616,15 @@ def draw_votes(plt, lab, found):
     curves.set(title="accuracy (%), no example on the line", xlabel="shots", ylim=(0, 104))
     curves.legend()
     image = grid.imshow(100 * found["pairs"], vmin=0, vmax=100, origin="lower")
-    grid.set(title="accuracy after two examples", xlabel="offset of one", ylabel="of the other")
-    fig.colorbar(image, ax=grid, label="%", shrink=0.8)
+    grid.set(title=f"after two examples, p = {lab.p}", xlabel="offset of one", ylabel="of the other")
+    fig.colorbar(image, ax=grid, label="accuracy (%)", shrink=0.8)
     angle = np.exp(2j * np.pi * np.arange(lab.p - 1) / (lab.p - 1))
     for ring, head in enumerate(found["heads"]):
-        at, size = (0.4 + 0.15 * ring) * angle, 80 * found["attention"][lab.heads.index(head)]
+        at, size = (0.9 - 0.1 * ring) * angle, 80 * found["attention"][lab.heads.index(head)]
         circle.scatter(at.real, at.imag, size, label=f"head {head}")
     for offset, at in enumerate(1.2 * angle):
         circle.annotate(offset, (at.real, at.imag), ha="center", va="center")
-    circle.set(title="attention by offset", aspect="equal", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4),
+    circle.set(title="attention (area) by offset", aspect="equal", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4),
                xticks=[], yticks=[])
     if found["heads"]:
         circle.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -840,7 +842,8 @@ def main(argv=None):
         parts = ["phases"] if phases else args.parts or lab.parts
         for part in parts:
             if not phases and part not in lab.parts:
-                raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (progress: --snapshots)")
+                raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (progress wants "
+                                 "--snapshots; votes three examples and p above 3)")
         for file in lab.snapshots if "progress" in parts else []:
             other = g.load_checkpoint(file)[1]                   # a damaged one is named now
             if any(getattr(other, name) != getattr(lab.cfg, name) for name in g.FIXED):

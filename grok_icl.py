@@ -179,9 +179,8 @@ def training_batch(split, line, cfg, lines, generator):
     """The sequences of a step, tokens (B, 3k). In it no task comes twice before all came once.
 
     Inputs are drawn evenly, with replacement; line is line_of(split["train_inputs"]). In the
-    curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line
-    any example but (0, 0) answers any query by Ratio Matching: the model learns to divide. With
-    more it must also find the example to divide by."""
+    curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line any
+    example but (0, 0) gives any answer: the model learns to divide. On more it must find one."""
     tasks, inputs = split["id"], split["train_inputs"]
     batch, k = step_shape(cfg, lines)
     rounds = math.ceil(batch / len(tasks))
@@ -200,10 +199,9 @@ def training_batch(split, line, cfg, lines, generator):
 def spread_positions(cfg, lines, generator):
     """Where the tokens of that step's sequences stand, (3k,): 0, 1, 2, ... from four lines on.
 
-    On one line the preceding example answers every query, and always from the same distance. A
-    model that finds it by that distance does not learn to look for an example by what it says, and
-    may stay on two lines for ever. So up to two lines the k examples, in their order, take random
-    places out of 1.5 k (at most cfg.examples), others at each step: the distance changes."""
+    On one line the preceding example answers every query. A model that finds it by its distance
+    does not learn to look for an example by what it says, and may stay on two lines for ever. So up
+    to two lines the k examples, in order, take random places out of 1.5 k, others at each step."""
     k = step_shape(cfg, lines)[1]
     place = torch.arange(k, device=generator.device)
     if cfg.spread and lines <= 2:
@@ -510,8 +508,8 @@ def train(run, cfg, signals=()):
     sets = {name: tokens.to(device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
     pays = device.type == "cuda" and cfg.steps >= COMPILE_PAYS
-    model = torch.compile(run.model) if cfg.compile == "on" or (
-        pays and cfg.compile == "auto") else run.model
+    compiled = cfg.compile == "on" or cfg.compile == "auto" and pays
+    model = torch.compile(run.model) if compiled else run.model
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     finished, code = ended(run, cfg), None            # the exit code of a run that ends early
@@ -713,6 +711,8 @@ def complain(error, remedy="make --batch, --examples or --embd smaller"):
     elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
           or "can't allocate memory" in str(error)):  # torch's error on a CPU
         message = f"out of memory; {remedy}"
+    elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        message = "torch.compile fails on this machine; try --compile off"
     else:
         raise error
     if rank_and_world()[0] == 0 or not isinstance(error, BadInput):    # which all ranks have

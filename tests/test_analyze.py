@@ -426,7 +426,7 @@ def test_heads_that_fetch_are_found_and_matter(monkeypatch):
     assert [row["offsets"] for row in found["heads"].values()] == ["2", "3"]
     assert list(found["heads"]) == ["0.0", "0.1"]
     assert {part for part, _ in held} == {"head 0.0", "head 0.1"}
-    assert found["kinds"]["two heads"] == {"pairs": "1", "accuracy": 1.0}
+    assert found["kinds"]["two heads"] == {"pairs": "1", "solved": "1", "accuracy": 1.0}
     assert found["kinds"]["not both fetched"]["accuracy"] < 0.5
     for row in found["heads"].values():
         assert row["need it"] == 1 and row["need it, held"] < 0.5

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo.exc
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -594,8 +595,8 @@ def test_cuda_computes_what_the_cpu_does(compiled):
 @needs_cuda
 def test_a_compiled_run_on_cuda_learns_and_reports(tmp_path):
     """As a user would; its checkpoint is read on a CPU."""
-    done = run([*TINY_FLAGS, "--device", "auto", "--amp", "auto", "--compile", "on", "--steps", "150",
-                "--curriculum", "0", "--eval-every", "50", "--out", str(tmp_path)])
+    done = run([*TINY_FLAGS, "--device", "auto", "--amp", "auto", "--compile", "on", "--curriculum",
+                "0", "--steps", "150", "--eval-every", "50", "--out", str(tmp_path)])
     assert done.returncode == 0, done.stderr
     assert "on cuda" in done.stdout and "Phase:" in done.stdout
     checkpoint, cfg, model = g.load_checkpoint(tmp_path / "best.pt")
@@ -795,6 +796,7 @@ def no_space(*args):
     (raising(MemoryError()), ["out of memory", "--embd"]),
     (raising(FloatingPointError("at step 5 weights not finite")), ["not finite"]),
     (no_space, ["No space left"]),
+    (raising(torch._dynamo.exc.TorchDynamoException("no compiler")), ["--compile off"]),
 ])
 def test_what_runs_out_is_one_line_and_loses_nothing(action, words, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
