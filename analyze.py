@@ -548,8 +548,9 @@ def attention_by_offset(lab):
 
 def by_two_heads(fetches, pairs):
     """Whether two different heads fetch a pair (n, 2): (n,). fetches (heads, p - 1): 0 or 1."""
+    # Count (head for one, head for the other): all choices, against those of the same head twice.
     first, second = fetches[:, pairs].movedim(-1, 0)                                 # (heads, n)
-    return first.sum(0) * second.sum(0) > (first * second).sum(0)      # pairs of heads, less h = h
+    return first.sum(0) * second.sum(0) > (first * second).sum(0)
 
 def votes_by_shots(lab, solved):
     """{shots: ...}: how model and votes do; solved (p - 1, p - 1): which pairs are, alone."""
@@ -577,7 +578,7 @@ def measure_votes(lab):
     both = (fetches.sum(0) > 0)[pairs].all(1)                    # by one head or by two
     by_offset = torch.full((m, m), math.nan)
     by_offset[tuple(pairs.T)] = by_offset[tuple(pairs.flip(1).T)] = right
-    tokens = at_offsets(lab, torch.randint(1, m, (g.CHUNK, 2)))
+    tokens = at_offsets(lab, pairs.repeat(math.ceil(g.CHUNK / len(pairs)), 1))
     seen = record(sites(lab.model), lambda: answers(lab, tokens))
     means, heads = {site: values.mean(0) for site, values in seen.items()}, {}
     for h in fetches[:, 1:].sum(1).nonzero()[:, 0].tolist():
@@ -616,7 +617,7 @@ def draw_votes(plt, lab, found):
     curves.set(title="accuracy (%), no example on the line", xlabel="shots", ylim=(0, 104))
     curves.legend()
     image = grid.imshow(100 * found["pairs"], vmin=0, vmax=100, origin="lower")
-    grid.set(title=f"after two examples, p = {lab.p}", xlabel="offset of one", ylabel="of the other")
+    grid.set(title=f"two examples, p = {lab.p}", xlabel="offset of one", ylabel="of the other")
     fig.colorbar(image, ax=grid, label="accuracy (%)", shrink=0.8)
     angle = np.exp(2j * np.pi * np.arange(lab.p - 1) / (lab.p - 1))
     for ring, head in enumerate(found["heads"]):
@@ -624,8 +625,8 @@ def draw_votes(plt, lab, found):
         circle.scatter(at.real, at.imag, size, label=f"head {head}")
     for offset, at in enumerate(1.2 * angle):
         circle.annotate(offset, (at.real, at.imag), ha="center", va="center")
-    circle.set(title="attention (area) by offset", aspect="equal", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4),
-               xticks=[], yticks=[])
+    circle.set(title="attention (area) by offset", aspect="equal", xticks=[], yticks=[],
+               xlim=(-1.4, 1.4), ylim=(-1.4, 1.4))
     if found["heads"]:
         circle.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return {"votes.png": fig}
@@ -769,12 +770,11 @@ def open_lab(path, device):
     checkpoint, cfg, model = g.load_checkpoint(file, device)
     snapshots = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "step[0-9]*.pt")),
                        key=lambda name: (len(name), name))
+    possible = {"progress": snapshots, "votes": cfg.p > 3 and cfg.examples > 2}
     return SimpleNamespace(
         model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, snapshots=snapshots,
         heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
-        parts=[part for part, possible in {**dict.fromkeys(PARTS, True), "progress": snapshots,
-                                           "votes": cfg.p > 3 and cfg.examples > 2}.items()
-               if possible],
+        parts=[part for part in PARTS if possible.get(part, True)],
         **{name: checkpoint[name] for name in ("split", "step", "history")})
 
 def open_runs(folders, device):
