@@ -1,0 +1,97 @@
+"""
+Tests of the README and of the pages in assets/: links lead somewhere, pictures are used, commands
+parse, and the README's block of Python does what the text says.
+"""
+import contextlib
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import analyze as a  # noqa: E402
+import grok_icl as g  # noqa: E402
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md"))]
+OLD_FLAGS = {"--no-curriculum", "--axes"}         # of commit cfee113, which some commands name
+EXAMPLE = dict(SEED="0", P="13", N="84")           # for the capital letters of a page
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page: lower case, hyphens for spaces, no other signs."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(page):
+    """The targets of a page's links and pictures that are not web addresses."""
+    found = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    return [target for target in found if not target.startswith("http")]
+
+
+def commands(page):
+    """The arguments of each call of grok_icl.py and analyze.py that a page shows: (script, argv)."""
+    for script, words in re.findall(r"(grok_icl|analyze)\.py((?: [^\s`#;)]+)*)",
+                                    page.read_text(encoding="utf-8")):
+        words = words.rstrip("'.,:").replace("$a", "0.8")     # a loop's alpha, other variables
+        argv = [EXAMPLE.get(word, word) for word in shlex.split(re.sub(r"\$\w+", "8", words))]
+        if "..." not in argv and not OLD_FLAGS & {*argv}:
+            yield script, argv
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_link_leads_to_a_file_and_a_heading(page):
+    assert links(page)
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_each_picture_and_page_is_used():
+    used = {(page.parent / link.partition("#")[0]).resolve() for page in PAGES
+            for link in links(page)}
+    for file in (ROOT / "assets").iterdir():
+        if file.suffix in (".png", ".gif", ".svg", ".md", ".csv", ".txt"):
+            assert file.resolve() in used, file.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_command_shown_parses(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)                   # so that no run is found, and none is written
+    for script, argv in commands(page):
+        if script == "analyze":
+            flags = [i for i, word in enumerate(argv) if word in ("--out", "--device")]
+            parts = [word for i, word in enumerate(argv[1:], 1)
+                     if i not in flags and i - 1 not in flags]
+            assert argv[:1] == ["phases"] or {*parts} <= {*a.PARTS}, argv
+        else:
+            try:
+                g.parse_config(argv)
+            except g.BadInput as e:               # a run to be resumed isn't there, of course
+                assert "--resume" in argv and "no such file" in str(e), argv
+
+
+def test_some_commands_are_found():
+    found = list(commands(ROOT / "README.md"))
+    assert ("grok_icl", ["--depth", "2", "--tasks", "512"]) in found
+    assert ("analyze", ["out/quick", "skills", "pca"]) in found
+
+
+def test_the_readmes_python_prints_what_the_text_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    [block] = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), flags=re.S)
+
+    def said(block):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(block, {})
+        return [int(n) for n in re.findall(r"\d+", out.getvalue())]
+    answer, right = said(block)
+    assert answer == right == (12 * 2 + 5 * 8) % 29
+    assert said(block.replace("(2, 8) ", "(2, 9) "))[1] == (12 * 2 + 5 * 9) % 29
