@@ -14,7 +14,6 @@ trained on from the examples in front of it: in-context learning, out of distrib
 
     python grok_icl.py --preset quick            p = 13, 41 seconds on two CPU cores
     python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 2.5 minutes on two CPU cores
-    python grok_icl.py --preset regression       deeper: two examples combined; 4 minutes on a GPU
     python grok_icl.py --preset paper            as published; wants a GPU
 """
 import argparse
@@ -25,7 +24,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
 
@@ -35,9 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# -------------------------------------------------------------------------------------------------
-# 1. Config
-# -------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------- 1. Settings
 
 class BadInput(ValueError):
     """What the user can mend: main shows it as one line on stderr and returns 2."""
@@ -77,7 +73,6 @@ class Config:
     eval_every: int = option(100, 1000, "steps between evaluations", (1, 10**9))
     patience: int = option(0, 0, "evaluations without a best to stop after; 0: never", (0, 10**9))
     snapshots: bool = option(False, False, "keep the weights of each evaluation, step100.pt, ...")
-    max_minutes: float = option(0.0, 0.0, "save and stop after that long; 0: never", (0, 1e6))
     device: str = option("auto", "auto", "cpu, cuda, mps, ...; auto: cuda if there is one")
     amp: str = option("auto", "auto", "autocast; auto: if fast", ["auto", "bf16", "fp16", "off"])
     compile: str = option("auto", "auto", "torch.compile; auto: if it pays", ["auto", "on", "off"])
@@ -86,12 +81,10 @@ class Config:
 
 NAMES = [f.name for f in fields(Config)]
 FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
-
 PRESETS = {                   # in place of the defaults; a flag on the command line outdoes both
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
     "regression": dict(tasks=640, depth=4, heads=8, embd=256, init_std=.035, batch=128, steps=6000),
-    "paper": {f.name: f.metadata["paper"] for f in fields(Config)},
-}
+    "paper": {f.name: f.metadata["paper"] for f in fields(Config)}}
 
 MLP_RATIO = 4                 # MLP width / residual width
 ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
@@ -109,20 +102,34 @@ def rank_and_world():
     """(This process's number, how many there are), from torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-# -------------------------------------------------------------------------------------------------
-# 2. Data: tasks, splits, batches, the curriculum
-# -------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------- 2. Data: tasks, rule, splits, sequences
 
 def grid(p):
     """All p*p pairs of residues, (p*p, 2): the tasks (a, b), and also the inputs (x, y)."""
     return torch.cartesian_prod(torch.arange(p), torch.arange(p))
 
+def features(inputs, p):
+    """The residues (u, v) of inputs (x, y) in which z is linear, z = a u + b v: (..., 2). In the
+    paper they are x and y. For z = a x^2 + b y return, in place of the inputs,
+    torch.stack((inputs[..., 0] ** 2 % p, inputs[..., 1]), dim=-1); all else follows."""
+    return inputs
+
+def to_tokens(tasks, inputs, p):
+    """Tasks (B, 2) and inputs (B, k, 2), both residues -> tokens x y z x y z ... (B, 3k)."""
+    z = (tasks[:, None] * features(inputs, p)).sum(-1, keepdim=True) % p                # (B, k, 1)
+    return torch.cat((inputs, z), dim=-1).flatten(1)                                 # (B, 3k)
+
+def line_of(inputs, p):
+    """The line through the origin of each input (n, 2): its features' ratio v/u, or p if u = 0."""
+    inverse = torch.tensor([0] + [pow(u, -1, p) for u in range(1, p)], device=inputs.device)
+    u, v = features(inputs, p).unbind(-1)
+    return torch.where(u > 0, v * inverse[u] % p, p)                                 # (n,)
+
 def choose_rectangles(p, n, generator, tries=100):
     """n pre-training tasks by the paper's rectangular rule, (n, 2).
 
-    To a task (a, b) drawn at random add (a', b), (a, b') and (a', b') with a' != a and b' != b, all
-    new. So every task shares each of its components with another one, which shows the model that
-    the two can vary apart. Raises BadInput where no rectangle is left."""
+    To a random task (a, b) add (a', b), (a, b') and (a', b'), all new. So each task shares either
+    component with another one: the two can vary apart. Raises BadInput where none is left."""
     free, tasks = torch.ones(p, p, dtype=torch.bool), []
     for a, b in grid(p)[torch.randperm(p * p, generator=generator)].tolist():
         if not free[a, b] or len(tasks) == n:
@@ -143,9 +150,8 @@ def make_split(cfg):
     """Who is trained on, and who only tested: a dict of (n, 2) tensors of residues.
 
     "id" are the pre-training tasks. The others are out of distribution, in two halves (the paper
-    has one): early stopping looks at "val_ood", the closing report alone at "test_ood".
-    "train_inputs" and "test_inputs" split the inputs; all tasks share them. Runs of one seed with
-    more or fewer tasks have the same inputs, and the fewer are among the more (but for retries)."""
+    has one): early stopping looks at "val_ood", the closing report alone at "test_ood". All tasks
+    share the inputs. With more tasks the same seed has the same inputs, and the tasks it had."""
     generator, p = torch.Generator().manual_seed(cfg.seed), cfg.p
     inputs, others = (grid(p)[torch.randperm(p * p, generator=generator)] for _ in range(2))
     tasks = choose_rectangles(p, cfg.tasks, generator)
@@ -155,59 +161,6 @@ def make_split(cfg):
     n_train, n_val = round(cfg.alpha * p * p), len(ood) // 2
     return {"id": tasks, "val_ood": ood[:n_val], "test_ood": ood[n_val:],
             "train_inputs": inputs[:n_train], "test_inputs": inputs[n_train:]}
-
-def to_tokens(tasks, inputs, p):
-    """Tasks (B, 2) and inputs (B, k, 2), both residues -> tokens x y z x y z ... (B, 3k)."""
-    z = (tasks[:, None] * inputs).sum(-1, keepdim=True) % p                          # (B, k, 1)
-    return torch.cat((inputs, z), dim=-1).flatten(1)                                 # (B, 3k)
-
-def line_of(inputs, p):
-    """The line through the origin of each input (n, 2): its ratio y/x; p for x = 0 and (0, 0)."""
-    inverse = torch.tensor([0] + [pow(x, -1, p) for x in range(1, p)], device=inputs.device)
-    x, y = inputs.unbind(-1)
-    return torch.where(x > 0, y * inverse[x] % p, p)                                 # (n,)
-
-def step_shape(cfg, lines):
-    """(sequences, examples in each) of a step. Few lines need few examples, so the curriculum has
-    more, shorter sequences: twice as many examples a step; with half it is slow (assets/log.md)."""
-    if lines > cfg.p:
-        return cfg.batch, cfg.examples
-    k = min(cfg.examples, 8 if lines <= 2 else 16)
-    return 2 * cfg.batch * (cfg.examples // k), k
-
-def training_batch(split, line, cfg, lines, generator):
-    """The sequences of a step, tokens (B, 3k). In it no task comes twice before all came once.
-
-    Inputs are drawn evenly, with replacement; line is line_of(split["train_inputs"]). In the
-    curriculum (lines <= p) each sequence draws at most that many lines to keep to. On one line any
-    example but (0, 0) gives any answer: the model learns to divide. On more it must find one."""
-    tasks, inputs = split["id"], split["train_inputs"]
-    batch, k = step_shape(cfg, lines)
-    rounds = math.ceil(batch / len(tasks))
-    order = torch.cat([torch.randperm(len(tasks), generator=generator, device=line.device)
-                       for _ in range(rounds)])[:batch]
-    n = rounds if cfg.shared_inputs else batch               # choices of inputs
-    allowed = torch.ones(n, cfg.p + 1, device=line.device)   # which of the p + 1 lines
-    if lines <= cfg.p:
-        kept = torch.randint(len(line), (n, lines), generator=generator, device=line.device)
-        allowed = torch.zeros_like(allowed).scatter_(1, line[kept], 1)
-    chosen = torch.multinomial(allowed[:, line], k, replacement=True, generator=generator)  # (n, k)
-    if cfg.shared_inputs:
-        chosen = chosen.repeat_interleave(len(tasks), 0)[:batch]
-    return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
-
-def spread_positions(cfg, lines, generator):
-    """Where the tokens of that step's sequences stand, (3k,): 0, 1, 2, ... from four lines on.
-
-    On one line the preceding example answers every query. A model that finds it by its distance
-    does not learn to look for an example by what it says, and may stay on two lines for ever. So up
-    to two lines the k examples, in order, take random places out of 1.5 k, others at each step."""
-    k = step_shape(cfg, lines)[1]
-    place = torch.arange(k, device=generator.device)
-    if cfg.spread and lines <= 2:
-        places = min(cfg.examples, 3 * k // 2)
-        place = torch.randperm(places, generator=generator, device=generator.device)[:k].sort()[0]
-    return (3 * place[:, None] + torch.arange(3, device=generator.device)).flatten()       # (3k,)
 
 def eval_sequences(split, ood, n, k, p, seed):
     """The four sets of the paper as token sequences, {name: (n, 3k)}; ood: "val_ood" or "test_ood".
@@ -221,9 +174,44 @@ def eval_sequences(split, ood, n, k, p, seed):
             sets[f"{kind}_{side}"] = to_tokens(tasks[torch.arange(n) % len(tasks)], inputs[draw], p)
     return sets
 
-# -------------------------------------------------------------------------------------------------
-# 3. Model: a decoder-only transformer, pre-LayerNorm, no biases in the matrices
-# -------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------- 3. Two exact algorithms
+
+def novel_queries(tokens):
+    """Which queries are no copy of an earlier example's input: (B, 3k) -> bool (B, k)."""
+    xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
+    same = (xy[:, :, None] == xy[:, None, :]).all(-1)            # (B, query, example)
+    return ~same.tril(-1).any(-1)                                # tril(-1): examples before it
+
+def solvable(tokens, p):
+    """What the examples before each query determine, exactly: two bool tensors (B, k).
+
+    Ratio Matching answers (u, v) = c (u_i, v_i) with c z_i: it needs an earlier example other than
+    (0, 0) on the query's line through the origin, or any at all for the query (0, 0). Modular
+    Regression combines examples: it needs that, or two on different lines, or the query (0, 0)."""
+    u, v = features(tokens.unflatten(1, (-1, 3))[..., :2], p).unbind(-1)             # (B, k)
+    # A query and an example are on one line just if this determinant is 0: (B, query, example).
+    cross = (u[:, :, None] * v[:, None, :] - v[:, :, None] * u[:, None, :]) % p
+    origin = (u == 0) & (v == 0)                                                     # (B, k)
+    helps = (cross == 0) & (~origin[:, None, :] | origin[:, :, None])
+    ratio = helps.tril(-1).any(-1)                               # an example before the query does
+    # Two lines among the examples before t: one of them is off the line of an earlier one. cummax
+    # carries a True on to all later t, and the shift leaves t itself out.
+    off_a_line = (cross != 0).tril(-1).any(-1).cummax(dim=1).values                  # (B, k)
+    two_lines = F.pad(off_a_line[:, :-1], (1, 0))
+    return ratio, ratio | two_lines | origin
+
+def accuracy(hits, tokens):
+    """Mean of hits (B, k), bools or scores, at each shot over all and novel queries: (2, k)."""
+    novel = torch.cat([novel_queries(t) for t in tokens.split(CHUNK)])
+    chosen = torch.stack((torch.ones_like(novel), novel))                            # (2, B, k)
+    return (hits * chosen).sum(1).cpu().double() / chosen.sum(1).cpu()
+
+def oracle_accuracy(tokens, p):
+    """Expected accuracies (2, k) of Ratio Matching and Modular Regression, guessing included."""
+    solved = torch.cat([torch.stack(solvable(t, p)) for t in tokens.split(CHUNK)], dim=1)
+    return [accuracy(torch.where(s, 1.0, 1 / p), tokens) for s in solved]
+
+# ------------------------------------------------------------- 4. Model: a decoder-only transformer
 
 def rotary_tables(length, width):
     """cos and sin of position * frequency, (length, width / 2): one for each pair of numbers."""
@@ -299,9 +287,8 @@ class GPT(nn.Module):
     def forward(self, tokens, everywhere=False, positions=None):
         """Logits of each z from the tokens before it: tokens (B, T) -> (B, k, p).
 
-        A z is predicted at the y before it, positions 1, 4, 7, ... To save time the last block asks
-        there alone; its keys and values come from everywhere. everywhere=True: logits (B, T, p).
-        positions: the positions of the tokens, (T,) or longer, by default 0, 1, 2, ..."""
+        A z is predicted at the y before it, so the last block asks there alone, at 1, 4, 7, ...
+        With everywhere: logits at all tokens, (B, T, p). positions (T,): where the tokens stand."""
         x = self.embedding(tokens)                                                   # (B, T, C)
         *others, last = self.blocks
         for block in others:
@@ -309,66 +296,97 @@ class GPT(nn.Module):
         x = last(x, positions, slice(None) if everywhere else slice(1, None, 3))     # (B, k, C)
         return self.norm(x) @ self.embedding.weight.T                                # (B, k, p)
 
-# -------------------------------------------------------------------------------------------------
-# 4. Evaluation: accuracy at every shot, novel queries apart, beside two exact oracles
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- 5. Loss and curriculum
 
-def novel_queries(tokens):
-    """Which queries are no copy of an earlier example's input: (B, 3k) -> bool (B, k)."""
-    xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
-    same = (xy[:, :, None] == xy[:, None, :]).all(-1)                                # (B, k, k)
-    return ~same.tril(-1).any(-1)
+def training_loss(model, batch, score_y, positions=None):
+    """Cross-entropy of the z in a batch (B, 3k), and their logits (B, k, p); score_y: of y, too.
 
-def solvable(tokens, p):
-    """What the examples before each query determine, exactly: two bool tensors (B, k).
+    Scoring y is not in the paper. On one line an example's ratio y/x tells the y of each other x,
+    and by this ratio the model later finds the example on the query's line."""
+    logits = model(batch[:, :-1], score_y, positions)
+    if not score_y:                                              # logits of z alone, (B, k, p)
+        return F.cross_entropy(logits.flatten(0, 1), batch[:, 2::3].flatten()), logits
+    of_y, of_z = logits[:, 0::3], logits[:, 1::3]                # read at each x, at each y
+    return (F.cross_entropy(of_y.flatten(0, 1), batch[:, 1::3].flatten())
+            + F.cross_entropy(of_z.flatten(0, 1), batch[:, 2::3].flatten())), of_z
 
-    Ratio Matching answers (x, y) = c (x_i, y_i) with c z_i: it needs an earlier example other than
-    (0, 0) on the query's line through the origin, or any at all for the query (0, 0). Modular
-    Regression combines examples: it needs that, or two on different lines, or the query (0, 0)."""
-    xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
-    x, y = xy.unbind(-1)
-    cross = (x[:, :, None] * y[:, None, :] - y[:, :, None] * x[:, None, :]) % p      # (B, k, k)
-    origin = (xy == 0).all(-1)
-    parallel = (cross == 0) & (~origin[:, None, :] | origin[:, :, None])
-    ratio = parallel.tril(-1).any(-1)
-    plane = (cross != 0).tril(-1).any(-1).cummax(dim=1).values    # two lines by shot t, t included
-    two_lines = torch.cat((torch.zeros_like(plane[:, :1]), plane[:, :-1]), dim=1)
-    return ratio, ratio | two_lines | origin
+# The curriculum: at first each sequence keeps to one line. There any example answers any query, so
+# the model learns to divide. On more lines it must also find out which example to use.
 
-def accuracy(hits, tokens):
-    """Mean of hits (B, k), bools or scores, at each shot over all and novel queries: (2, k)."""
-    novel = torch.cat([novel_queries(t) for t in tokens.split(CHUNK)])
-    chosen = torch.stack((torch.ones_like(novel), novel))                            # (2, B, k)
-    return (hits * chosen).sum(1).cpu().double() / chosen.sum(1).cpu()
+def pace(run, cfg, logits, batch):
+    """Double the number of lines once the present ones are mastered, that is, if in this batch
+    (B, 3k) the logits (B, k, p) get more than MASTERED of the z right that Ratio Matching can
+    answer. With all p + 1 lines the curriculum is over, and the last cfg.steps begin."""
+    can, _ = solvable(batch, cfg.p)
+    right = can & (logits.argmax(-1) == batch[:, 2::3])
+    counts = torch.stack((right.sum(), can.sum()))
+    if dist.is_initialized():                                # each process has a share of the batch
+        dist.all_reduce(counts)
+    if counts[0] > MASTERED * counts[1]:
+        run.lines = min(2 * run.lines, cfg.p + 1)
+        if run.lines > cfg.p:
+            run.end = run.step + cfg.steps
 
-@torch.no_grad()
-def evaluate(predict, tokens):
-    """Accuracy (2, k), as above, of a function from tokens (B, 3k - 1) to logits (B, k, p)."""
-    hits = [predict(t[:, :-1]).argmax(-1) == t[:, 2::3] for t in tokens.split(CHUNK)]
-    return accuracy(torch.cat(hits), tokens)
+def lr_factor(step, cfg, end):
+    """The learning rate as a share of its peak. It rises over cfg.warmup steps, while the moments
+    of the optimizers are still guesses, stays at its peak until all lines are allowed, and falls
+    like half a cosine over the cfg.steps that end the run."""
+    if step < cfg.warmup:
+        return 0.01 + 0.99 * step / cfg.warmup               # not 0, so that step 0 learns, too
+    begin = max(cfg.warmup, end - cfg.steps)
+    fallen = (1 - math.cos(math.pi * max(0, step - begin) / (end - begin))) / 2        # 0 to 1
+    return 1 - (1 - cfg.lr_end) * fallen
 
-def oracle_accuracy(tokens, p):
-    """Expected accuracies (2, k) of Ratio Matching and Modular Regression, guessing included."""
-    solved = torch.cat([torch.stack(solvable(t, p)) for t in tokens.split(CHUNK)], dim=1)
-    return [accuracy(torch.where(s, 1.0, 1 / p), tokens) for s in solved]
+def step_shape(cfg, lines):
+    """(sequences, examples in each) of a training step. On few lines few examples tell all: 8 up to
+    two lines, 16 until all are allowed. In return there are more sequences, because the curriculum
+    is slow with less than twice the examples of a later step (assets/log.md)."""
+    if lines > cfg.p:
+        return cfg.batch, cfg.examples
+    k = min(cfg.examples, 8 if lines <= 2 else 16)
+    return 2 * cfg.batch * (cfg.examples // k), k
 
-def phase(model, ratio, p):
-    """Phase (figure 1b) of four novel-query accuracies; good: halfway to Ratio Matching's."""
-    good = "".join(str(int(m >= (1 / p + r) / 2)) for m, r in zip(model, ratio, strict=True))
-    return {"1000": "in-distribution memorization", "1100": "in-distribution generalization",
-            "1010": "o.o.d. memorization", "1111": "o.o.d. generalization",
-            "0000": "none yet: even i.d. train inputs are answered badly",
-            }.get(good, "none of the paper's")
+def training_batch(split, input_lines, cfg, lines, generator):
+    """The sequences of a step, tokens (B, 3k), on at most `lines` lines each. In a batch no task
+    comes twice before all came once, and inputs are drawn evenly from those to train on, with
+    replacement. input_lines is line_of(split["train_inputs"]); lines > p means any."""
+    tasks, inputs, random = split["id"], split["train_inputs"], dict(
+        generator=generator, device=input_lines.device)
+    batch, k = step_shape(cfg, lines)
+    rounds = math.ceil(batch / len(tasks))
+    order = torch.cat([torch.randperm(len(tasks), **random) for _ in range(rounds)])[:batch]
+    n = rounds if cfg.shared_inputs else batch               # how many choices of inputs to make
+    allowed = torch.ones(n, cfg.p + 1, device=input_lines.device)    # 1: that line may be used
+    if lines <= cfg.p:                                       # the lines of so many random inputs
+        drawn = torch.randint(len(inputs), (n, lines), **random)
+        allowed = torch.zeros_like(allowed).scatter_(1, input_lines[drawn], 1)
+    weights = allowed[:, input_lines]                        # 1 for an input on them: (n, inputs)
+    chosen = torch.multinomial(weights, k, replacement=True, generator=generator)    # (n, k)
+    if cfg.shared_inputs:
+        chosen = chosen.repeat_interleave(len(tasks), 0)[:batch]
+    return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
 
-# -------------------------------------------------------------------------------------------------
-# 5. Training
-# -------------------------------------------------------------------------------------------------
+def spread_positions(cfg, lines, generator):
+    """Where the tokens of a step's sequences stand, (3k,): 0, 1, 2, ... from four lines on. On one
+    line the preceding example answers every query. A model that finds it by its distance may never
+    learn to look for an example by what it says. So up to two lines the k examples, in order, take
+    random places out of 1.5 k, others at each step."""
+    k = step_shape(cfg, lines)[1]
+    place = torch.arange(k, device=generator.device)
+    if cfg.spread and lines <= 2:
+        places = min(cfg.examples, 3 * k // 2)
+        place = torch.randperm(places, generator=generator, device=generator.device)[:k].sort()[0]
+    return (3 * place[:, None] + torch.arange(3, device=generator.device)).flatten()       # (3k,)
+
+# -------------------------------------------------------------------------------------- 6. Training
 
 def make_optimizers(model, cfg):
     """Muon for the blocks' matrices (or AdamW, as in the paper), AdamW for the rest; a list.
 
-    Muon steps along the orthogonal matrix nearest to the momentum, so all directions of a matrix
-    learn at one rate. Matrices and embedding decay, LayerNorm does not."""
+    Adam scales each number of a gradient by itself; Muon looks at the gradient of a matrix as a
+    whole. Averaged over steps, it is large along a few directions and small along the others. Muon
+    replaces it by the nearest orthogonal matrix, in which all directions are equally large. So a
+    direction that is rarely asked for is learned as fast. LayerNorm's weights do not decay."""
     embedding = model.embedding.weight
     matrices = [w for w in model.parameters() if w.ndim == 2 and w is not embedding]
     groups = [dict(params=[embedding], lr=cfg.embd_lr, weight_decay=cfg.wd),
@@ -384,50 +402,96 @@ def make_optimizers(model, cfg):
             group["peak_lr"] = group["lr"]
     return optimizers
 
-def lr_factor(step, cfg, end):
-    """Learning rate, as a share of its peak: it rises from 0.01 over cfg.warmup steps, stays at the
-    peak during the curriculum, and falls like a cosine over the cfg.steps that end the run."""
-    if step < cfg.warmup:
-        return 0.01 + 0.99 * step / cfg.warmup
-    begin = max(cfg.warmup, end - cfg.steps)
-    fallen = (1 - math.cos(math.pi * max(0, step - begin) / (end - begin))) / 2        # 0 to 1
-    return 1 - (1 - cfg.lr_end) * fallen
+@torch.no_grad()
+def evaluate(predict, tokens):
+    """Accuracy (2, k), as above, of a function from tokens (B, 3k - 1) to logits (B, k, p)."""
+    hits = [predict(t[:, :-1]).argmax(-1) == t[:, 2::3] for t in tokens.split(CHUNK)]
+    return accuracy(torch.cat(hits), tokens)
 
-def pace(run, cfg, logits, batch):
-    """The curriculum (not in the paper): twice as many lines once the present ones are mastered,
-    that is, if in this training batch (B, 3k) the logits (B, k, p) get more than MASTERED of the z
-    right that Ratio Matching can answer. With p + 1 lines it is over: the last cfg.steps begin."""
-    can, _ = solvable(batch, cfg.p)
-    right = can & (logits.argmax(-1) == batch[:, 2::3])
-    counts = torch.stack((right.sum(), can.sum()))
-    if dist.is_initialized():                                # each process has a share of the batch
-        dist.all_reduce(counts)
-    if counts[0] > MASTERED * counts[1]:
-        run.lines = min(2 * run.lines, cfg.p + 1)
-        if run.lines > cfg.p:
-            run.end = run.step + cfg.steps
+def phase(model, ratio, p):
+    """Phase (figure 1b) of four novel-query accuracies; good: halfway to Ratio Matching's."""
+    good = tuple(bool(m >= (1 / p + r) / 2) for m, r in zip(model, ratio, strict=True))
+    names = {  # good on i.d. tasks, train and test inputs, and on o.o.d. tasks, train and test
+        (True, False, False, False): "in-distribution memorization",
+        (True, True, False, False): "in-distribution generalization",
+        (True, False, True, False): "o.o.d. memorization",
+        (True, True, True, True): "o.o.d. generalization",
+        (False,) * 4: "none yet: even i.d. train inputs are answered badly"}
+    return names.get(good, "none of the paper's")
 
-def training_loss(model, batch, score_y, positions=None):
-    """Cross-entropy of the z in a batch (B, 3k), and their logits (B, k, p); score_y: of y, too.
-
-    Scoring y is not in the paper. On one line y = r x, with one r for the whole line: an example's
-    ratio y/x predicts y. By this ratio the model later finds the example on the query's line."""
-    logits, loss = model(batch[:, :-1], score_y, positions), 0           # (B, k or 3k - 1, p)
-    if score_y:
-        loss = F.cross_entropy(logits[:, ::3].flatten(0, 1), batch[:, 1::3].flatten())
-        logits = logits[:, 1::3]                                                     # (B, k, p)
-    return loss + F.cross_entropy(logits.flatten(0, 1), batch[:, 2::3].flatten()), logits
-
-def early_stopping(history, patience, chance):
-    """From the evaluations so far: (index of the one to keep, whether to stop now).
-
-    Watches last-shot accuracy on validation o.o.d. tasks and test inputs. Until the best is clearly
-    above chance (grokking comes after a plateau) the newest is kept and nothing stops."""
+def best_evaluation(history, chance):
+    """Index of the evaluation to keep: the best last-shot accuracy on validation o.o.d. tasks and
+    test inputs. Until that is clearly above chance (grokking comes after a plateau) the newest."""
     curve = [row["val_ood_test"] for row in history]
-    if not curve or max(curve) < chance + LEFT_CHANCE:
-        return len(curve) - 1, False
-    best = curve.index(max(curve))
-    return best, 0 < patience <= len(curve) - 1 - best
+    if max(curve) < chance + LEFT_CHANCE:
+        return len(curve) - 1
+    return curve.index(max(curve))
+
+def ended(run, cfg):
+    """Whether training is over: by its steps, the curriculum's limit, or early stopping."""
+    last = run.end if run.lines > cfg.p else cfg.curriculum
+    waited = len(run.history) - 1 - best_evaluation(run.history, 1 / cfg.p) if run.history else 0
+    return run.step >= last or 0 < cfg.patience <= waited
+
+def train(run, cfg, signals=()):
+    """Train, evaluate now and then, save to cfg.out. Returns whether the run is finished; it isn't
+    if main's handler put a signal into the list signals. Under torchrun each process takes its
+    share of the same batch: N of them do what one would. Rank 0 evaluates, writes and decides."""
+    device, (rank, world) = run.device, rank_and_world()
+    split = {name: pairs.to(device) for name, pairs in run.split.items()}
+    input_lines = line_of(split["train_inputs"], cfg.p)
+    sets = {name: tokens.to(device) for name, tokens in eval_sequences(
+        run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
+    pays = device.type == "cuda" and cfg.steps >= COMPILE_PAYS
+    compiled = cfg.compile == "on" or (cfg.compile == "auto" and pays)
+    model = torch.compile(run.model) if compiled else run.model
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    finished, stopped = ended(run, cfg), False
+    with tqdm(total=run.end, initial=run.step, dynamic_ncols=True, disable=rank > 0) as bar:
+        while not (finished or stopped):
+            factor = lr_factor(run.step, cfg, run.end)
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+            batch = training_batch(split, input_lines, cfg, run.lines, run.generator)[rank::world]
+            positions = spread_positions(cfg, run.lines, run.generator)              # (3k,)
+            with run.autocast:
+                score_y = cfg.score_y and run.lines == 1
+                loss, logits = training_loss(model, batch, score_y, positions)
+            run.scaler.scale(loss).backward()
+            for optimizer in run.optimizers:
+                run.scaler.step(optimizer)
+                optimizer.zero_grad()
+            run.scaler.update()
+            run.step += 1
+            bar.update()
+            lines = run.lines
+            if run.step % PACE_EVERY == 0:            # a GPU waits here, so not at every step
+                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+                if lines <= cfg.p:
+                    pace(run, cfg, logits, batch)
+                    bar.total = run.end
+            finished = ended(run, cfg)
+            if finished or lines < run.lines or run.step % cfg.eval_every == 0:
+                if world > 1:
+                    dist.all_reduce(loss := loss.detach() / world)
+                if rank == 0:
+                    row = evaluate_and_save(run, cfg, sets, loss.item())
+                    bar.write("step {step:6d}  loss {loss:.3f}  lines {lines:2d}  i.d. "
+                              "{id_train:.2f}/{id_test:.2f}  o.o.d. {val_ood_train:.2f}/"
+                              "{val_ood_test:.2f}".format(**row))
+                    finished = ended(run, cfg)        # now by early stopping, too
+            stopped = len(signals) > 0
+            if world > 1:                             # all must leave after the same step
+                decision = [finished, stopped]
+                dist.broadcast_object_list(decision, device=torch.device("cpu"))
+                finished, stopped = decision
+    if not finished:
+        save(run, cfg, "last.pt")
+    return finished
+
+# --------------------------------------------- 7. The lecture is over: what a running program needs
 
 def pick_device(name):
     """The torch.device of that name; auto is CUDA or the CPU. BadInput where it isn't there."""
@@ -481,7 +545,7 @@ def evaluate_and_save(run, cfg, sets, loss):
         for name, tokens in sets.items():
             row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
     run.history.append(row)
-    if early_stopping(run.history, 0, 1 / cfg.p)[0] == len(run.history) - 1:
+    if best_evaluation(run.history, 1 / cfg.p) == len(run.history) - 1:
         save(run, cfg, "best.pt")
     if cfg.snapshots:
         save(run, cfg, f"step{run.step}.pt")
@@ -489,77 +553,6 @@ def evaluate_and_save(run, cfg, sets, loss):
     write_file(os.path.join(cfg.out, "metrics.csv"), ("\n".join(table) + "\n").encode())
     save(run, cfg, "last.pt")
     return row
-
-def ended(run, cfg):
-    """Whether training is over: by its steps, the curriculum's limit, or early stopping."""
-    last = run.end if run.lines > cfg.p else cfg.curriculum
-    return run.step >= last or early_stopping(run.history, cfg.patience, 1 / cfg.p)[1]
-
-def train(run, cfg, signals=()):
-    """Train, evaluate every cfg.eval_every steps and when lines are added, keep cfg.out up to date.
-
-    Under torchrun every process takes its share of the same batch: N processes do what one would.
-    Rank 0 evaluates, writes, and decides when to stop. signals is a list that main's handler fills.
-    Returns None once the run is finished, else 128 + the signal, or 0 after cfg.max_minutes."""
-    deadline = time.monotonic() + (60 * cfg.max_minutes or math.inf)
-    device, (rank, world) = run.device, rank_and_world()
-    split = {name: pairs.to(device) for name, pairs in run.split.items()}
-    line = line_of(split["train_inputs"], cfg.p)
-    sets = {name: tokens.to(device) for name, tokens in eval_sequences(
-        run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
-    pays = device.type == "cuda" and cfg.steps >= COMPILE_PAYS
-    compiled = cfg.compile == "on" or cfg.compile == "auto" and pays
-    model = torch.compile(run.model) if compiled else run.model
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(model)
-    finished, code = ended(run, cfg), None            # the exit code of a run that ends early
-    with tqdm(total=run.end, initial=run.step, dynamic_ncols=True, disable=rank > 0) as bar:
-        while not finished and code is None:
-            factor = lr_factor(run.step, cfg, run.end)
-            for optimizer in run.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-            batch = training_batch(split, line, cfg, run.lines, run.generator)[rank::world]
-            positions = spread_positions(cfg, run.lines, run.generator)              # (3k,)
-            with run.autocast:
-                score_y = cfg.score_y and run.lines == 1
-                loss, logits = training_loss(model, batch, score_y, positions)
-            run.scaler.scale(loss).backward()
-            for optimizer in run.optimizers:
-                run.scaler.step(optimizer)
-                optimizer.zero_grad()
-            run.scaler.update()
-            run.step += 1
-            bar.update()
-            lines = run.lines
-            if run.step % PACE_EVERY == 0:            # a GPU waits here, so not at every step
-                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-                if lines <= cfg.p:
-                    pace(run, cfg, logits, batch)
-                    bar.total = run.end
-            finished = ended(run, cfg)
-            if finished or lines < run.lines or run.step % cfg.eval_every == 0:
-                if world > 1:
-                    dist.all_reduce(loss := loss.detach() / world)
-                if rank == 0:
-                    row = evaluate_and_save(run, cfg, sets, loss.item())
-                    bar.write("step {step:6d}  loss {loss:.3f}  lines {lines:2d}  i.d. "
-                              "{id_train:.2f}/{id_test:.2f}  o.o.d. {val_ood_train:.2f}/"
-                              "{val_ood_test:.2f}".format(**row))
-                    finished = ended(run, cfg)        # now by early stopping, too
-            if signals or time.monotonic() > deadline:
-                code = 128 + signals[0] if signals else 0
-            if world > 1:                             # all must leave after the same step
-                decision = [finished, code]
-                dist.broadcast_object_list(decision, device=torch.device("cpu"))
-                finished, code = decision
-    if not finished:
-        save(run, cfg, "last.pt")
-    return None if finished else code
-
-# -------------------------------------------------------------------------------------------------
-# 6. Files that survive a kill, the report, the command line
-# -------------------------------------------------------------------------------------------------
 
 def write_file(path, content):
     """Write bytes under another name, then rename: a reader finds the old file or the new one."""
@@ -569,10 +562,14 @@ def write_file(path, content):
             f.flush()
             os.fsync(f.fileno())                      # on the disk before the old one goes
         os.replace(path + ".tmp", path)
-    except OSError:                                   # a full disk, say: the old file stays
+    finally:                                          # a full disk, say: the old file stays
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
-        raise
+
+@torch.no_grad()
+def sample(model):
+    """Logits of one fixed sequence: they show whether code and weights still fit together."""
+    return model(torch.arange(5, device=model.norm.weight.device)[None] % 3).cpu()   # (1, 2, p)
 
 def save(run, cfg, name):
     """Write all of the run and its config to cfg.out/name, unless a weight isn't finite."""
@@ -583,7 +580,8 @@ def save(run, cfg, name):
     state = {key: getattr(run, key) for key in STATE}
     state |= dict(config=asdict(cfg), model=run.model.state_dict(), device=run.device.type,
                   optimizers=[o.state_dict() for o in run.optimizers],
-                  scaler=run.scaler.state_dict(), generator=run.generator.get_state())
+                  scaler=run.scaler.state_dict(), generator=run.generator.get_state(),
+                  sample=sample(run.model))
     torch.save(state, buffer := io.BytesIO())
     write_file(os.path.join(cfg.out, name), buffer.getbuffer())
 
@@ -597,22 +595,23 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(checkpoint["model"])
         assert all(w.isfinite().all() for w in model.parameters())
         assert {*STATE} <= {*checkpoint} and {*NAMES} == {*checkpoint["config"]}
+        assert torch.allclose(sample(model), checkpoint["sample"], rtol=0.01, atol=0.1)
     except Exception as e:                            # a damaged file can raise anything
-        raise BadInput(f"{path}: no sound checkpoint of this version ({type(e).__name__})")
+        raise BadInput(f"{path}: damaged, or of another version of the code ({type(e).__name__})")
     return checkpoint, cfg, model.to(device)
 
 def report(run, cfg):
     """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
     if run.lines <= cfg.p:
-        print(f"\nThe curriculum is not over: after {run.step} steps it allows {run.lines} of "
-              f"{cfg.p + 1} lines. Try more --tasks, a longer --curriculum, or another --seed.")
+        print(f"\nThe curriculum is not over at step {run.step}: {run.lines} of {cfg.p + 1} lines. "
+              "Try more --tasks, a longer --curriculum, or another --seed.")
     best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
-    columns, novel = 2 * " model  ratio  regression   ", []
     print(f"\nBest step {best['step']} of {run.step}. Accuracy in % after {cfg.examples - 1} "
-          f"shots, o.o.d. on test tasks; chance is {100 / cfg.p:.1f}\n"
-          f"{'':27}all queries{'':17}novel queries\n{'':27}{columns}")
-    for name, tokens in eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
-                                       cfg.seed + 2).items():
+          f"shots, o.o.d. on test tasks; chance is {100 / cfg.p:.1f}\n{'':27}all queries{'':17}"
+          f"novel queries\n{'':27}" + 2 * " model  ratio  regression   ")
+    sets, novel = eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
+                                 cfg.seed + 2), []
+    for name, tokens in sets.items():
         tokens = tokens.to(run.device)
         last = torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])[:, :, -1]
         label = f"{'i.d.' if name[:2] == 'id' else 'o.o.d.'} tasks, {name.split('_')[-1]} inputs"
@@ -634,27 +633,27 @@ def parse_config(argv=None):
         f"{k} {v}" for k, v in PRESETS[name].items()) for name in ("quick", "regression"))
         + "; paper: all as published")
     for f in fields(Config):
-        paper, text, accepts = f.metadata.values()
+        paper, accepts = f.metadata["paper"], f.metadata["accepts"]
         value = f.default if f.default == paper else f"{f.default}; paper: {paper}"
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
                 dict(type=f.type, choices=accepts if isinstance(accepts, list) else None))
-        parser.add_argument(flag(f.name), help=f"{text} [{value}]", **kind)
-    given = vars(parser.parse_args(argv))
-    preset = given.pop("preset", "default")
-    given.setdefault("out", os.path.join("out", "-".join(
-        [preset, *(f"{name}{given[name]}" for name in FIXED if name in given)])))
-    own, given = given, PRESETS.get(preset, {}) | given
-    cfg, checkpoint = Config(**given), None
+        parser.add_argument(flag(f.name), help=f"{f.metadata['help']} [{value}]", **kind)
+    typed = vars(parser.parse_args(argv))
+    preset = typed.pop("preset", "default")
+    typed.setdefault("out", os.path.join("out", "-".join(
+        [preset, *(f"{name}{typed[name]}" for name in FIXED if name in typed)])))
+    wanted = PRESETS.get(preset, {}) | typed
+    cfg, checkpoint = Config(**wanted), None
     if cfg.resume:
         checkpoint, saved, _ = load_checkpoint(os.path.join(cfg.out, "last.pt"))
         path = os.path.join(cfg.out, "best.pt")       # the closing report will want it
         best = load_checkpoint(path)[1] if checkpoint["history"] else saved
         for name in FIXED:
-            new, old = given.get(name, getattr(saved, name)), getattr(best, name)
-            if not new == old == getattr(saved, name):
+            new, old = wanted.get(name, getattr(saved, name)), getattr(best, name)
+            if new != old or old != getattr(saved, name):
                 raise BadInput(f"{flag(name)} {new}: the run in {cfg.out} has {old}, which "
-                               f"--resume can't change")
-        cfg = replace(saved, **own | {"resume": False})
+                               "--resume can't change")
+        cfg = replace(saved, **typed | {"resume": False})
     elif any(os.path.exists(os.path.join(cfg.out, name))
              for name in ("last.pt", "best.pt", "metrics.csv")):
         raise BadInput(f"--out {cfg.out}: holds a run. To go on with it: --resume --out "
@@ -673,8 +672,8 @@ def validate(cfg):
             need(low <= getattr(cfg, f.name) <= high, f.name, f"from {low} to {high}")
     p = cfg.p
     need(all(p % d for d in range(2, math.isqrt(p) + 1)), "p", "a prime from 3 to 997")
-    need(cfg.tasks <= p * p - 2, "tasks", f"at most {p * p - 2}, to leave two of {p}*{p} o.o.d.")
-    need(cfg.tasks % 4 == 0, "tasks", "a multiple of 4, for the rectangles")
+    need(cfg.tasks <= p * p - 2 and cfg.tasks % 4 == 0, "tasks",
+         f"a multiple of 4, for the rectangles, and at most {p * p - 2}, to leave two o.o.d.")
     need(2 <= round(cfg.alpha * p * p) <= p * p - 2, "alpha",
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
     need(cfg.embd % (2 * cfg.heads) == 0, "embd",
@@ -689,14 +688,13 @@ def validate(cfg):
 @contextlib.contextmanager
 def noted_signals():
     """A list that only notes Ctrl-C and SLURM's SIGTERM, so that train can save before it stops."""
-    noted, before = [], {}
-    if threading.current_thread() is threading.main_thread():      # no other may set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda number, frame: noted.append(number))
+    may_set = threading.current_thread() is threading.main_thread()
+    numbers, noted = (signal.SIGINT, signal.SIGTERM) if may_set else (), []
+    before = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
     try:
         yield noted
     finally:                                          # a notebook goes on with its own handlers
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 def complain(error, remedy="make --batch, --examples or --embd smaller"):
@@ -739,8 +737,9 @@ def main(argv=None):
                 raise BadInput(f"--out {cfg.out}: {e}")
             print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, seed "
                   f"{cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
-            code = train(run, cfg, signals)
-        if code is not None:
+            finished = train(run, cfg, signals)
+        code = None if finished else 128 + signals[0] if signals else 0
+        if not finished:
             print(f"Saved. To go on: {'python' if world == 1 else 'torchrun ...'} grok_icl.py "
                   f"--resume --out '{cfg.out}'")
         elif rank == 0:
