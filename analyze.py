@@ -5,9 +5,11 @@ Look inside a model that grok_icl.py trained: which algorithm did it learn, and 
     python analyze.py out/RUN skills pca         some parts, for a run's best checkpoint
     python analyze.py phases out/SWEEP           many runs: how far each comes, and its phase
 
-One section for each figure of the paper, and some tests of our own. In each, one function measures
-and returns a dict, one prints it, one draws it. Tasks are the *test* o.o.d. ones; what is chosen
-before comes from others. A *null* is the same measure with the residues in random order.
+One section for each figure of the paper, and some of our own. Each opens with four lines: the
+question; the method; what it shows if the claim is true; and if it isn't (chance, or a rival idea).
+Then one function measures and returns a dict, one prints it, one may draw it. Tasks are the *test*
+o.o.d. ones; what is chosen before comes from others. A *null* is the same measure with the residues
+in random order.
 """
 import argparse
 import contextlib
@@ -24,31 +26,30 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import grok_icl as g
 
-SHOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24)           # that a table shows, and the last one
+SHOTS = (1, 2, 4, 8, 16)      # that a table shows, and the last one
 SEED = 7                      # of the contexts and of the random orders
-CONTEXTS = 4                  # over which pca, fourier and similarity are averaged
-SEQUENCES = 128               # for attention, patching, progress; several times as many for votes
+CONTEXTS = 3                  # over which pca, fourier and similarity are averaged
+SEQUENCES = 128               # for attention and patching; several times as many for votes
 EACH_PAIR = 30                # sequences for each pair of offsets, in votes
 FETCHED = 0.1                 # attention to an example that counts as fetching it
-NULLS = 200                   # random orders of the residues: a p-value can be as low as 1 / 201
-KEPT = (1, 2, 4, 8, 16)       # characters of each function
-PARTS = "shots skills attention pca fourier similarity patching votes progress".split()
+NULLS = 100                   # random orders of the residues
+KEPT = (1, 2, 4, 16)          # pairs of characters of each function
 GROUPS = ("multiplicative", "additive")
 SKILLS = ("copy", "ratio", "regression", "undetermined")
-WHO = ("model", "ratio", "regression", "exact memory", "best fit")
+WHO = ("model", "ratio", "regression", "memory")
 POSITIONS = {"x": slice(0, None, 3), "y": slice(1, None, 3), "z": slice(2, None, 3)}
 SETS = ("i.d. train", "i.d. test", "o.o.d. train", "o.o.d. test")    # tasks and inputs
 COLOURS = {"IM": "C7", "IG": "C1", "OM": "C0", "OG": "C2", "?": "C9", "": "white"}      # of phases
-PAPER = dict(zip([(2 ** n, alpha / 10) for alpha in range(8, 1, -1) for n in range(3, 10)], (
-    "IM IM IG IG IG OG OG " * 2 + "IM IM IM IG IG OG OG " + "IM IM IM IM IG OG OG " * 2 +
-    "IM IM IM IM IM OM OG " + "IM IM IM IM IM OM OM").split()))                  # its figure 1b
+PAPER = {                     # its figure 1b: alpha, and the phases with 8, 16, 32, ..., 512 tasks
+    0.8: "IM IM IG IG IG OG OG", 0.7: "IM IM IG IG IG OG OG", 0.6: "IM IM IM IG IG OG OG",
+    0.5: "IM IM IM IM IG OG OG", 0.4: "IM IM IM IM IG OG OG", 0.3: "IM IM IM IM IM OM OG",
+    0.2: "IM IM IM IM IM OM OM"}
 
-# -------------------------------------------------------------------------------------------------
-# Probes: contexts, every query after one, what a module reads, and changes of it
-# -------------------------------------------------------------------------------------------------
+# -------------------- Probes: contexts, all queries after one, what modules read, and changes of it
 
 def contexts(lab, kind, n, examples):
     """n contexts: tasks (n, 2) of that kind, in turn, and inputs (n, examples, 2) of all p*p."""
@@ -62,17 +63,23 @@ def sites(model):
             for name, module in (("heads", block.attention.out), ("neurons", block.mlp.down))}
 
 def run_with(changes, run):
-    """run(), each module's input x replaced by f(x) of {module: f}, or kept if f returns None."""
+    """run(), while the input x of each module in {module: f} is replaced by f(x)."""
     with contextlib.ExitStack() as hooks:                        # gone after it, errors or not
         for module, f in changes.items():
-            hooks.enter_context(module.register_forward_pre_hook(lambda _, x, f=f: f(x[0])))
+            hook = module.register_forward_pre_hook(lambda module, args, f=f: (f(args[0]),))
+            hooks.enter_context(hook)
         return run()
 
 def record(modules, run):
     """The input of each of {name: module} while run() calls the model once: {name: tensor}."""
     found = {}
-    run_with({module: lambda x, name=name: found.update({name: x.cpu()})
-              for name, module in modules.items()}, run)
+
+    def keep(name):
+        def f(x):
+            found[name] = x.cpu()
+            return x                                             # as it was
+        return f
+    run_with({module: keep(name) for name, module in modules.items()}, run)
     return found
 
 @torch.no_grad()
@@ -86,29 +93,39 @@ def query_grid(task, inputs, p):
     inputs = torch.cat((inputs.expand(p * p, -1, -1), g.grid(p)[:, None]), dim=1)
     return g.to_tokens(task.expand(p * p, 2), inputs, p)
 
-def observed(lab):
-    """After CONTEXTS contexts, kept: each site at the query's y, (n, N, p, p), and "outputs"."""
-    # "outputs" (n, p, p, 3, L*H, C): what each head adds to the residual stream at x, y and z, with
-    # its output matrix, and standardized as the authors do it.
-    if not hasattr(lab, "observed"):
-        lab.observed, outputs, runs, by_head = {}, [], [], (lab.cfg.heads, -1)
+def observe(lab):
+    """What sites and heads hold at each query (x, y), after CONTEXTS contexts; computed once.
+
+    Returns {site: (contexts, functions, p, p)} at the query's y, and {(head, token): (contexts, p,
+    p, C)}, what a head adds to the residual stream at the query's x, y or z, standardized over its
+    C coordinates as the authors do it."""
+    if lab.observed is None:
+        at_y, added, runs = {}, {}, []
         for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k - 1)):
             seen = record(sites(lab.model), lambda: answers(lab, query_grid(*context, lab.p)))
             runs.append({site: values[:, -3:].clone() for site, values in seen.items()})
         for site, module in sites(lab.model).items():
             seen = torch.stack([run[site] for run in runs]).unflatten(1, (lab.p, lab.p))
-            lab.observed[site] = seen[:, :, :, 1].movedim(-1, 1).contiguous()
-            if "heads" in site:
-                weight = module.weight.detach().cpu().unflatten(1, by_head)
-                heads = seen.unflatten(-1, by_head)                            # (n, p, p, 3, H, D)
-                outputs.append(torch.einsum("...hd,chd->...hc", heads, weight))
-        lab.observed["outputs"] = F.layer_norm(torch.cat(outputs, -2), (lab.cfg.embd,))
+            at_y[site] = seen[:, :, :, 1].movedim(-1, 1).contiguous()
+            if site.startswith("neurons"):
+                continue
+            by_head = (lab.cfg.heads, -1)
+            weight = module.weight.detach().cpu().unflatten(1, by_head)              # (C, H, D)
+            for h, (w, head) in enumerate(zip(weight.unbind(1), seen.unflatten(-1, by_head)
+                                              .unbind(-2))):
+                out = F.layer_norm(head @ w.T, (lab.cfg.embd,))                 # (n, p, p, 3, C)
+                for token, values in zip("xyz", out.unbind(3)):
+                    added[f"{site.split()[1]}.{h}", token] = values
+        lab.observed = at_y, added
     return lab.observed
 
 def powers(p):
-    """The nonzero residues by their logarithm: base**0, base**1, ... The paper's base at p = 29."""
-    rows = ([pow(base, k, p) for k in range(p - 1)] for base in ([27] if p == 29 else range(2, p)))
-    return torch.tensor(next(row for row in rows if len(set(row)) == p - 1))
+    """The nonzero residues by their logarithm: base**0, base**1, ... At p = 29 the paper's base,
+    else the smallest whose powers are all of them (a generator)."""
+    for base in [27] if p == 29 else range(2, p):
+        row = [pow(base, k, p) for k in range(p - 1)]
+        if len({*row}) == p - 1:
+            return torch.tensor(row)
 
 def orders(group, p, n):
     """The residues in a group's order, for x and for y, then n times at random: (n + 1, 2, m)."""
@@ -117,14 +134,18 @@ def orders(group, p, n):
     return torch.cat((true.expand(1, 2, -1), true[draw.argsort(-1)]))
 
 def against_null(measure, group, p, names, columns):
-    """{name: {column: value, "null": 95% of random orders, "p"}} of measure(order_x, order_y)."""
-    # It returns (names, columns). In a last row the highest value meets the null of the highest.
-    scores = torch.stack([measure(*order) for order in orders(group, p, NULLS)]).double()
-    scores = torch.cat((scores, scores.amax(1, keepdim=True)), dim=1)
-    tail = (scores >= scores[0] - 1e-9).sum(0) / len(scores)         # the true order is the first
-    rows = torch.stack((scores[0], scores[1:].quantile(0.95, dim=0), tail), -1).flatten(1).tolist()
-    columns = [column + what for column in columns for what in ("", " null", " p")]
+    """{name: {column: value, column + " null": 95% of random orders}} of measure(order_x, order_y),
+    (names, columns). A last row is the best of all; its null, too, is that of the best of all."""
+    scores = torch.stack([measure(*o) for o in bar(orders(group, p, NULLS), "null")]).double()
+    scores = torch.cat((scores, scores.amax(1, keepdim=True)), dim=1)   # (orders, names, columns)
+    true, null = scores[0], scores[1:].quantile(0.95, dim=0)
+    rows = torch.stack((true, null), -1).flatten(1).tolist()
+    columns = [column + what for column in columns for what in ("", " null")]
     return {name: dict(zip(columns, row)) for name, row in zip([*names, "best of all"], rows)}
+
+def bar(things, name):
+    """A progress bar over things, on a terminal, gone at its end."""
+    return tqdm(things, name, leave=False, disable=None)
 
 def table(title, rows, note=""):
     """Print {name: {column: number or text}}, numbers in percent, None and nan as a dash."""
@@ -137,32 +158,30 @@ def table(title, rows, note=""):
     for row in cells:
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
 
-# -------------------------------------------------------------------------------------------------
-# Accuracy over shots, and what memory alone could do (figure 1c)
-# -------------------------------------------------------------------------------------------------
-
+# ------------------------------------------------------------------ Accuracy over shots (figure 1c)
+# Question: how good is the model after each number of examples, and could a memory be as good?
+# Method:   accuracy on {i.d., o.o.d. tasks} x {train, test inputs}, beside oracles and memories.
+# If it matches ratios: it follows "ratio" on all four sets.
+# If it remembers its tasks: it follows a memory, perfect on i.d. tasks, at chance on o.o.d. ones.
 def memory_scores(tokens, tasks, p):
-    """Expected scores (2, B, k) of answering with the pre-training tasks (n, 2) alone, two ways."""
-    # Exact: what most of the tasks say that fit all examples so far, a guess if none does. Best
-    # fit: those that fit the most examples, which a soft memory could find, even if none fits all.
+    """Expected scores (B, k) of a memory of tasks (n, 2): it takes those that fit the most of the
+    examples so far, even if none fits all, and says what most of them say."""
     if len(tokens) > 16:                                     # in pieces: votes are large
-        return torch.cat([memory_scores(t, tasks, p) for t in tokens.split(16)], dim=1)
+        return torch.cat([memory_scores(t, tasks, p) for t in tokens.split(16)])
     xy, z = tokens.unflatten(1, (-1, 3)).split([2, 1], dim=-1)                       # (B, k, 2 | 1)
-    said = (xy.float() @ tasks.T.float()).long() % p                                 # (B, k, n)
-    fits = F.pad((said == z).int().cumsum(1)[:, :-1], (0, 0, 1, 0))                  # (B, k, n)
-    scores = []
-    for wanted in (torch.arange(z.size(1))[:, None], fits.amax(-1, keepdim=True)):
-        votes = torch.zeros(*z.shape[:2], p).scatter_add_(2, said, (fits == wanted).float())
-        top = votes == votes.amax(-1, keepdim=True)                                  # (B, k, p)
-        scores.append(top.gather(2, z).squeeze(2) / top.sum(-1))
-    return torch.stack(scores)
+    said = (g.features(xy, p).float() @ tasks.T.float()).long() % p                  # (B, k, n)
+    fits = F.pad((said == z).int().cumsum(1)[:, :-1], (0, 0, 1, 0))    # examples fitted: (B, k, n)
+    best = (fits == fits.amax(-1, keepdim=True)).float()
+    votes = torch.zeros(*z.shape[:2], p).scatter_add_(2, said, best)
+    top = votes == votes.amax(-1, keepdim=True)                                      # (B, k, p)
+    return top.gather(2, z).squeeze(2) / top.sum(-1)
 
 def measure_shots(lab):
     """Accuracy on the four sets, over all and novel queries: {"set, who": (2, k)}."""
-    sets, found = g.eval_sequences(lab.split, "test_ood", 8 * SEQUENCES, lab.k, lab.p, SEED), {}
+    sets, found = g.eval_sequences(lab.split, "test_ood", 4 * SEQUENCES, lab.k, lab.p, SEED), {}
     for name, tokens in sets.items():
         curves = [g.evaluate(lab.model, tokens.to(lab.device)), *g.oracle_accuracy(tokens, lab.p),
-                  *(g.accuracy(s, tokens) for s in memory_scores(tokens, lab.split["id"], lab.p))]
+                  g.accuracy(memory_scores(tokens, lab.split["id"], lab.p), tokens)]
         found |= {f"{name}, {who}": curve for who, curve in zip(WHO, curves)}
     return found
 
@@ -170,12 +189,14 @@ def show_shots(lab, found):
     sets = ("id_train", "id_test", "test_ood_train", "test_ood_test")
     table(f"Accuracy on novel queries after {lab.k - 1} shots, in %", {name: {
         who: found[f"{name}, {who}"][1, -1].item() for who in WHO} for name in sets},
-        f"best fit: the pre-training tasks that fit most examples; chance {100 / lab.p:.1f}")
+        "a model that matches ratios is near ratio on all sets; memory: the training tasks that "
+        f"fit best; chance {100 / lab.p:.1f}")
 
-# -------------------------------------------------------------------------------------------------
-# Skills: which queries are answered? (figure 5)
-# -------------------------------------------------------------------------------------------------
-
+# -------------------------------------------------------------------------------- Skills (figure 5)
+# Question: which queries does it answer?
+# Method:   after some contexts ask all p*p queries; sort them by the least skill that answers them.
+# If it matches ratios: "copy" and "ratio" near 100%, "regression" near chance, 1/p.
+# If it combines examples: "regression" far above chance; if it matches no ratios, "ratio" is low.
 def skill_of(tokens, p):
     """The least skill that answers each query, (B, k), as an index into SKILLS."""
     ratio, regression = g.solvable(tokens, p)
@@ -183,51 +204,43 @@ def skill_of(tokens, p):
     return torch.where(g.novel_queries(tokens), skill, 0)
 
 def measure_skills(lab):
-    """All p*p queries after contexts of o.o.d. tasks, by the least skill that answers them."""
-    # "accuracy" (shots, 4, 4): of any query, x = 0, y = 0 alone, neither; by skill. "right" and
-    # "skill" (shots, p, p): after one context.
+    """All p*p queries after contexts of o.o.d. tasks: "accuracy" (shots, 4), by skill; "right" and
+    "skill" (shots, p, p), after the first context."""
     p, shots = lab.p, [s for s in SHOTS if s < lab.k - 1] + [lab.k - 1]
-    tasks, inputs = contexts(lab, "test_ood", 3 * CONTEXTS, lab.k - 1)
-    x, y = g.grid(p).T
-    kinds = torch.stack((x >= 0, x == 0, (y == 0) & (x > 0), x * y > 0)).double()    # (4, p*p)
+    tasks, inputs = contexts(lab, "test_ood", 2 * CONTEXTS, lab.k - 1)
     found = {"accuracy": [], "right": [], "skill": []}
-    for s in shots:
+    for s in bar(shots, "skills"):
         tokens = torch.stack([query_grid(*c, p) for c in zip(tasks, inputs[:, :s])])
         said = torch.cat([answers(lab, t, everywhere=False)[:, -1]
                           for t in tokens.flatten(0, 1).split(g.CHUNK)]).view(tokens.shape[:2])
         skill = torch.stack([skill_of(t, p)[:, -1] for t in tokens])                 # (n, p*p)
-        asked = torch.einsum("kq,nqs->nqks", kinds, F.one_hot(skill, 4).double())
         right = said == tokens[..., -1]
-        found["accuracy"].append((asked * right[..., None, None]).sum((0, 1)) / asked.sum((0, 1)))
+        found["accuracy"].append(torch.stack([right[skill == i].float().mean() for i in range(4)]))
         found["right"].append(right[0].view(p, p))
         found["skill"].append(skill[0].view(p, p))
     return {name: torch.stack(values) for name, values in found.items()} | {"shots": shots}
 
 def show_skills(lab, found):
-    rows = dict(zip(found["shots"], found["accuracy"][:, 0].tolist())) | {
-        f"{lab.k - 1}, {name}": row for name, row in
-        zip(("x = 0", "y = 0", "neither"), found["accuracy"][-1, 1:].tolist())}
     table("Accuracy after some shots, in %, by the least skill that answers a query",
-          {name: dict(zip(SKILLS, row)) for name, row in rows.items()},
-          f"{3 * CONTEXTS} contexts, then all {lab.p ** 2} queries; chance {100 / lab.p:.1f}")
-
-def draw_history(ax, history):
-    names, styles = ("id_train", "id_test", "val_ood_train", "val_ood_test"), "--C7 C7 --C0 C0"
-    for name, label, style in zip(names, SETS, styles.split()):
-        ax.plot([row["step"] for row in history], [100 * row[name] for row in history], style,
-                label=f"{label} inputs")
-    ax.set(title="accuracy (%), o.o.d. on validation tasks", xlabel="training step", ylim=(0, 104))
-    ax.legend()
+          {s: dict(zip(SKILLS, row)) for s, row in zip(found["shots"], found["accuracy"].tolist())},
+          f"{2 * CONTEXTS} contexts, all {lab.p ** 2} queries; Ratio Matching alone: 100, 100, and "
+          f"chance, {100 / lab.p:.1f}")
 
 def draw_skills(plt, lab, found):
     fig, (ax, training) = plt.subplots(1, 2, figsize=(9, 3.4))
-    draw_history(training, lab.history)
+    names, styles = ("id_train", "id_test", "val_ood_train", "val_ood_test"), "--C7 C7 --C0 C0"
+    for name, label, style in zip(names, SETS, styles.split()):
+        training.plot([row["step"] for row in lab.history],
+                      [100 * row[name] for row in lab.history], style, label=f"{label} inputs")
+    training.set(title="all queries, o.o.d. on validation tasks", xlabel="training step",
+                 ylabel="accuracy (%)", ylim=(0, 104))
+    training.legend()
     for s, colour in ((0, "C7"), (1, "C1"), (2, "C2")):
-        ax.plot(found["shots"], 100 * found["accuracy"][:, 0, s], f".-{colour}", label=SKILLS[s])
+        ax.plot(found["shots"], 100 * found["accuracy"][:, s], f".-{colour}", label=SKILLS[s])
     ax.axhline(100 / lab.p, color="black", lw=0.8, ls=":", label="chance")
-    ax.set(xlabel="shots", ylabel="accuracy (%)", ylim=(0, 104))
+    ax.set(title="new tasks", xlabel="shots", ylabel="accuracy (%)", ylim=(0, 104))
     ax.legend(title="least skill that answers the query")
-    chosen = [i for i, s in enumerate(found["shots"]) if s in (1, 2, 12, lab.k - 1)]
+    chosen = [i for i, s in enumerate(found["shots"]) if s in (1, 2, 8, lab.k - 1)]
     grid, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen) + 1, 6.6), squeeze=False)
     for column, i in zip(axes.T, chosen):
         right, can = found["right"][i].int(), (found["skill"][i] < 2).int()
@@ -238,23 +251,26 @@ def draw_skills(plt, lab, found):
     grid.suptitle("One context, all queries (red: yes; blue: no, though Ratio Matching can)")
     return {"skills.png": fig, "skill_grid.png": grid}
 
-# -------------------------------------------------------------------------------------------------
-# Attention (figure 6)
-# -------------------------------------------------------------------------------------------------
-
+# ----------------------------------------------------------------------------- Attention (figure 6)
+# Question: which heads find an example on the query's line?
+# Method:   attention from a query's y to examples on its line, as a multiple of an even spread.
+# If a head does: many times even, up to the number of examples for each one on the line.
+# If it doesn't: 1.0, whatever else it looks at.
 def lines(tokens, p):
-    """The line through the origin that each input lies on, (B, k); -1 for (0, 0), on all."""
+    """The line through the origin of each input, (B, k); -1 for (0, 0), which is on all."""
     xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
-    return g.line_of(xy.flatten(0, 1), p).view(xy.shape[:2]).masked_fill((xy == 0).all(-1), -1)
+    line = g.line_of(xy.flatten(0, 1), p).view(xy.shape[:2])
+    return line.masked_fill((g.features(xy, p) == 0).all(-1), -1)
 
 def attention_to_line(weights, tokens, p):
-    """How much heads look from a query's y at examples on its line, of an even spread: (H,)."""
-    # weights (B, H, k, 3k); of novel queries with some, not all, examples on their line.
+    """How many times as much as evenly heads look from a query's y at examples on its line: (H,).
+
+    weights (B, H, k, 3k); over novel queries with some, not all, examples on their line."""
     line = lines(tokens, p)
     same = ((line[:, :, None] == line[:, None]) & (line[:, :, None] >= 0)).tril(-1)  # (B, k, k)
     shots = torch.arange(line.size(1))
     counts = g.novel_queries(tokens) & (same.sum(-1) > 0) & (same.sum(-1) < shots)   # (B, k)
-    weights = weights.unflatten(-1, (-1, 3)).sum(-1).tril(-1)                        # (B, H, k, k)
+    weights = weights.unflatten(-1, (-1, 3)).sum(-1).tril(-1)    # to each example: (B, H, k, k)
     even = weights.sum(-1) * (same.sum(-1) / shots.clamp(min=1))[:, None]            # (B, H, k)
     on_line = (weights * same[:, None]).sum(-1)
     return (on_line * counts[:, None]).sum((0, 2)) / (even * counts[:, None]).sum((0, 2))
@@ -270,7 +286,8 @@ def measure_attention(lab):
             "maps": torch.stack([w[:, :, :15, :15].mean(0) for w in weights])}
 
 def show_attention(lab, found):
-    table("Attention from a query's y to its line, in % of an even spread", {"head": found["line"]})
+    table("Attention from a query's y to examples on its line, as a multiple of an even spread", {
+        "head": {head: f"{times:.1f}" for head, times in found["line"].items()}}, "none: 1.0")
 
 def draw_attention(plt, lab, found):
     L, H, T = found["maps"].shape[:3]
@@ -282,28 +299,37 @@ def draw_attention(plt, lab, found):
     fig.colorbar(image, ax=axes, label="attention to column, mean over sequences", shrink=0.7)
     return {"attention.png": fig}
 
-# -------------------------------------------------------------------------------------------------
-# PCA of the heads' outputs: circles (figures 1d, 1e, 6)
-# -------------------------------------------------------------------------------------------------
-
+# -------------------------------------------------------- PCA of heads: circles (figures 1d, 1e, 6)
+# Question: are the inputs laid out in circles of logarithms?
+# Method:   PCA of each head's outputs over all inputs; the share of its plane that is a circle.
+# If so:    near 100%; for a circle of circles (one for x, on it one for y) "two circles" is.
+# If not:   about the null, the best circle for a random order of the residues.
+#
+# How a circle is measured. Read a point of the plane as a complex number c(x, y). If it goes around
+# as log x grows, c = exp(2 pi i k log x / m) for some frequency k: one *character* of the group of
+# the m = p - 1 nonzero residues. If it runs to and fro on a line instead, c is a cosine, half that
+# character and half its conjugate, of frequency -k. So a circle is what a character has more power
+# than its conjugate. A small circle in y around each point of a large one in x is a sum of two.
 def plane_of(points):
     """Points (..., n, d) -> their first two principal components as complex numbers (..., n)."""
     points = points.double() - points.double().mean(-2, keepdim=True)
     _, directions = torch.linalg.eigh(points.mT @ points)                  # ascending
     return torch.view_as_complex((points @ directions[..., -2:]).flip(-1))
 
-def head_planes(lab, n=CONTEXTS):
-    """The plane of each head's output at two positions, as in figure 6: {name: (n, p, p)}."""
-    outputs, found = observed(lab)["outputs"][:n], {}                          # (n, p, p, 3, LH, C)
-    for h, head in enumerate(lab.heads):
-        for pair, at in (("x and y", [0, 1]), ("x and z", [0, 2]), ("y and z", [1, 2])):
-            points = outputs[..., at, h, :].flatten(3).flatten(1, 2)                 # (n, p*p, 2C)
-            found[f"{head} at {pair}"] = plane_of(points).unflatten(1, (lab.p, lab.p))
+def head_planes(lab):
+    """The plane of each head's output at two tokens, as in figure 6: {name: (contexts, p, p)}."""
+    added, found = observe(lab)[1], {}
+    for head in lab.heads:
+        for one, two in ("xy", "xz", "yz"):
+            points = torch.cat((added[head, one], added[head, two]), -1)             # (n, p, p, 2C)
+            found[f"{head} at {one} and {two}"] = plane_of(points.flatten(1, 2)).unflatten(
+                1, (lab.p, lab.p))
     return found
 
 def character_power(f, order_x, order_y):
-    """Power of functions (..., p, p) in each character (k, l) of a group, the mean's 0."""
-    # A character is exp(2 pi i (k u + l v) / m), u and v the places of x and y: (..., m, m).
+    """Power of functions (..., p, p) in each character (k, l) of a group, the mean's 0.
+
+    A character is exp(2 pi i (k u + l v) / m), u and v the places of x and y: (..., m, m)."""
     power = torch.fft.fft2(f[..., order_x[:, None], order_y], norm="forward").abs().square()
     power[..., 0, 0] = 0
     return power
@@ -313,16 +339,22 @@ def conjugate(power):
     return power.flip(-2, -1).roll((1, 1), (-2, -1))
 
 def circles(planes, order_x, order_y):
-    """Share of the variance of planes (..., p, p) that is one circle, and that is two: (..., 2)."""
-    # A circle is one character; with as much of its conjugate it would be a line. A circle of
-    # circles is two: a large one in x, say, and on it a small one in y.
+    """Share of the variance of planes (..., p, p) that is one circle, and that is two: (..., 2).
+
+    >>> order = torch.arange(12)                              # of twelve logarithms, from 0 to 11
+    >>> x = torch.exp(2j * torch.pi * order[:, None].expand(12, 12) / 12)
+    >>> [circles(c, order, order).mul(100).round().int().tolist() for c in (x, x.real, x + x.T / 2)]
+    [[100, 100], [0, 0], [80, 100]]
+    """
     power = character_power(planes, order_x, order_y)
-    best = (power - conjugate(power)).flatten(-2).topk(2).values.cumsum(-1)
-    return best / power.sum((-2, -1)).clamp(min=1e-30)[..., None]
+    more_than_conjugate = (power - conjugate(power)).flatten(-2)
+    best = more_than_conjugate.topk(2).values                                        # (..., 2)
+    total = power.sum((-2, -1)).clamp(min=1e-30)
+    return torch.stack((best[..., 0], best.sum(-1)), -1) / total[..., None]
 
 def measure_pca(lab):
-    """{group: {head: {"circle", "two circles", nulls}}}; "planes" (2, p, p) of "clearest" heads."""
-    # The first has the largest circle, the second the largest circle on a circle.
+    """{group: {head: {"circle", "two circles", nulls}}}; "planes" (2, p, p) of "clearest" heads:
+    the one with the largest circle, and the one with the largest circle on a circle."""
     heads = head_planes(lab)
     planes = torch.stack(list(heads.values()))                                       # (N, n, p, p)
     found = {group: against_null(lambda x, y: circles(planes, x, y).mean(1), group, lab.p, heads,
@@ -335,7 +367,8 @@ def measure_pca(lab):
 def show_pca(lab, found):
     table("PCA of heads' outputs: share of the plane, in %, that is a circle by logarithm",
           found["multiplicative"] | {"best by residue": found["additive"]["best of all"]},
-          f"mean of {CONTEXTS} contexts; null: 95% of {NULLS} random orders")
+          f"a circle by logarithm is far above its null, 95% of {NULLS} random orders, and above "
+          f"the best by residue")
 
 def scatter(ax, plane, residue, p, like):
     """Points (n,), coloured by log residue * the frequency of the circle `like`; 0 is black."""
@@ -357,19 +390,18 @@ def draw_pca(plt, lab, found):
     fig.colorbar(dots, ax=axes, label=f"log, base {powers(lab.p)[1]}, times frequency (black: 0)")
     return {"pca.png": fig}
 
-# -------------------------------------------------------------------------------------------------
-# Fourier: are the sites at the query's y characters of x and y, of which group, and how many?
-# -------------------------------------------------------------------------------------------------
-
-def one_frequency(f, order_x, order_y):
-    """Of f (contexts, n, p, p): share of functions with one frequency; of power in ratios: (2,)."""
-    # One frequency: a quarter of the variance is in one character, so half with its conjugate's.
-    # The characters (k, -k) depend on x/y, or x - y, alone.
-    power, k = character_power(f, order_x, order_y), torch.arange(1, len(order_x))
-    shares = (power / power.sum((-2, -1), keepdim=True).clamp(min=1e-30)).mean(0)    # (n, m, m)
-    one = (shares.amax((-2, -1)) >= 0.25).float().mean()
-    return torch.stack((one, shares[:, k, -k].sum(1).mean()))
-
+# --------------------------------------------------------------- Fourier analysis of heads and MLPs
+# Question: do heads and neurons compute in logarithms, and with how many frequencies?
+# Method:   keep only the few strongest characters of each function of the query, and run on.
+# If so:    few characters of the multiplicative group are enough to answer the ratio queries.
+# If not:   it takes no fewer than by residue, the additive group.
+#
+# What the functions are: after one context, a neuron of an MLP or a coordinate of a head's output,
+# at the query's y, is a real function f(x, y) of the query. In the order of logarithms it is a
+# function of u = log x and v = log y on a torus, a sum of characters exp(2 pi i (k u + l v) / m).
+# To multiply x by a number shifts u, and turns a character by a factor: with characters a model can
+# multiply and divide. As f is real, a pure wave of frequency (k, l) has half of its power in that
+# character and half in the conjugate, (-k, -l): they are kept in pairs.
 def keep_characters(f, order, mask):
     """Functions f (n, p, p) with only those characters that mask (n, m, m) has, and the mean."""
     f, at, mask = f.clone(), (..., order[:, None], order), mask.clone()
@@ -377,70 +409,97 @@ def keep_characters(f, order, mask):
     f[at] = torch.fft.ifft2(torch.fft.fft2(f[at]) * mask).real.to(f)
     return f
 
-def accuracy_with(lab, site, group, n):
-    """Accuracy on ratio queries without zeros if a site keeps n characters of each function."""
-    context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k - 1)]
-    tokens, order = query_grid(*context, lab.p), orders(group, lab.p, 0)[0, 0]
-    power = character_power(observed(lab)[site][:2], order, order).mean(0)           # (N, m, m)
-    power, n = power + conjugate(power), min(2 * n, len(order) ** 2)                 # in pairs
-    mask = power >= power.flatten(1).topk(n).values[:, -1, None, None]
+def strongest(f, order, n):
+    """Of functions f (contexts, N, p, p), a mask of the n strongest pairs of characters, (N, m, m),
+    by their mean power."""
+    power = character_power(f, order, order).mean(0)
+    power, n = power + conjugate(power), min(2 * n, len(order) ** 2)       # both of a pair
+    return power >= power.flatten(1).topk(n).values[:, -1, None, None]
 
+def accuracy_with(lab, site, f, tokens, counts):
+    """Accuracy on the queries that count if the site holds f (N, p, p) at the query's y."""
     def change(values):
-        values, f = values.clone(), values[:, -2].T.unflatten(1, (lab.p, lab.p))     # (N, p, p)
-        values[:, -2] = keep_characters(f.cpu(), order, mask).flatten(1).T
+        values = values.clone()
+        values[:, -2] = f.flatten(1).T[counts].to(values)
         return values
+    tokens = tokens[counts]
     said = run_with({sites(lab.model)[site]: change}, lambda: answers(lab, tokens))
-    counts = (skill_of(tokens, lab.p)[:, -1] == 1) & (g.grid(lab.p) > 0).all(1)
-    return (said[:, -1] == tokens[:, -1])[counts].float().mean().item()
+    return (said[:, -1] == tokens[:, -1]).float().mean().item()
 
 def measure_fourier(lab):
-    """{group: {site: one_frequency and its null}}, "kept": {"site, group": {n: accuracy_with}}."""
-    fs = {site: observed(lab)[site][:2] for site in sites(lab.model)}                # (2, n, p, p)
-    fs = {site: f[:, (f.flatten(2).var(2) > 1e-9).all(0)] for site, f in fs.items()}
-    found = {group: against_null(
-        lambda x, y: torch.stack([one_frequency(f, x, y) for f in fs.values()]), group, lab.p,
-        [f"{site}, {f.size(1)} vary" for site, f in fs.items()], ("one frequency", "ratio"))
-        for group in GROUPS}
-    return found | {"kept": {f"{site}, {group}": {
-        n: accuracy_with(lab, site, group, n) for n in KEPT} for site in fs for group in GROUPS}}
+    """"kept": {"site, group": {n: accuracy_with the n strongest pairs}}; "examples" (2, p, p): the
+    coordinate of a head and the neuron of block 0 that are most nearly one wave."""
+    # Which characters are strong is seen in two contexts, and used in the last one.
+    context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k - 1)]
+    tokens, kept = query_grid(*context, lab.p), {}
+    counts = (skill_of(tokens, lab.p)[:, -1] == 1) & (g.grid(lab.p) > 0).all(1)
+    seen, before = record(sites(lab.model), lambda: answers(lab, tokens)), observe(lab)[0]
+    for site, group in bar([*itertools.product(before, GROUPS)], "fourier"):
+        order = orders(group, lab.p, 0)[0, 0]
+        f = seen[site][:, -2].T.unflatten(1, (lab.p, lab.p))                         # (N, p, p)
+        kept[f"{site}, {group}"] = {n: accuracy_with(lab, site, keep_characters(
+            f, order, strongest(before[site][:2], order, n)), tokens, counts) for n in KEPT}
+    order, examples = powers(lab.p), []
+    for f in (before["heads 0"][0], before["neurons 0"][0]):                         # (N, p, p)
+        power = character_power(f, order, order).flatten(1)
+        examples.append(f[(power.amax(1) / power.sum(1).clamp(min=1e-9)).argmax()])
+    return {"kept": kept, "examples": torch.stack(examples)}
 
 def show_fourier(lab, found):
-    for group in GROUPS:
-        table(f"At the query's y, {group} group: functions of one frequency, power in ratios, in %",
-              found[group], f"null: 95% of {NULLS} random orders of the residues")
-    table("Accuracy on ratio queries, in %, with only so many characters of each function kept",
-          found["kept"], "at the query's y; the strongest in other contexts")
+    table("Accuracy on ratio queries, in %, with only so many pairs of characters of each function",
+          found["kept"], "at the query's y; few are enough if the model uses this group; chance "
+          f"{100 / lab.p:.1f}")
 
-# -------------------------------------------------------------------------------------------------
-# Similarity of inputs with the same ratio (figure 7)
-# -------------------------------------------------------------------------------------------------
+def draw_fourier(plt, lab, found):
+    fig, axes = plt.subplots(2, 4, figsize=(10, 5.2))
+    for row, f, name in zip(axes, found["examples"], ("a head's coordinate", "an MLP neuron")):
+        for i, (order, by) in enumerate(zip(orders("multiplicative", lab.p, 1),
+                                            ("by logarithm", "in random order"))):
+            image, spectrum = row[2 * i:2 * i + 2]
+            power = torch.fft.fftshift(character_power(f, *order))       # frequency 0 in the middle
+            share, half = 100 * power / power.sum(), len(power) // 2
+            image.imshow(f[order[0][:, None], order[1]].T, origin="lower", cmap="RdBu_r")
+            image.set(title=f"{name}, {by}", xlabel="x", ylabel="y", xticks=[], yticks=[])
+            spectrum.imshow(share.T, origin="lower", vmin=0, vmax=50, cmap="Greys",
+                            extent=2 * (-half - 0.5, half - 0.5))
+            spectrum.set(title=f"its spectrum, at most {share.max():.0f}%", xlabel="frequency in x",
+                         ylabel="frequency in y")
+    return {"fourier.png": fig}
 
-def ratio_gap(similarity, order_x, order_y):
-    """Mean similarity (N, p*p, p*p) of inputs of equal ratio y/x less that of unequal: (N,)."""
-    # Ratios by the orders of the nonzero residues. Pairs that share x or y, or have a 0, are 0.
-    m, place = len(order_x), torch.arange(len(order_x))
-    ratio = torch.zeros(similarity.size(-1), m)                                      # (p*p, m)
-    inputs = order_x[:, None] * (m + 1) + order_y
-    ratio[inputs.flatten()] = F.one_hot((place - place[:, None]) % m, m).flatten(0, 1).float()
-    equal = (similarity @ ratio * ratio).sum((1, 2))
-    unequal = similarity.sum((1, 2)) - equal
-    return equal / (m * m * (m - 1)) - unequal / (m * m * (m - 1) * (m - 2))
+# ------------------------------------------------------------------- Similarity by ratio (figure 7)
+# Question: does a head write alike for inputs of one ratio y/x?
+# Method:   cosine similarity of its outputs, pairs of equal ratio less pairs of unequal ratio.
+# If so:    a gap near 1; 2 is the largest possible. Pairs that share x or y are left out.
+# If not:   about the null, near 0.
+def ratio_gap(similarity, apart, order_x, order_y):
+    """Mean similarity (N, p*p, p*p) of inputs of equal ratio y/x less that of unequal ratio, (N,),
+    over the pairs that are `apart`. Ratios are differences of places in the orders."""
+    place_x, place_y = (F.pad(order.argsort(), (1, 0)) for order in (order_x, order_y))  # 0 unused
+    x, y = g.grid(len(place_x)).T
+    ratio = (place_y[y] - place_x[x]) % len(order_x)                                 # (p*p,)
+    equal = ratio[:, None] == ratio
+    means = [similarity[:, which & apart].mean(1) for which in (equal, ~equal)]
+    return means[0] - means[1]
 
 def measure_similarity(lab):
-    """"gaps": {head and position: ratio_gap and its null}; "image": the clearest's similarity."""
+    """"gaps": {head and token: ratio_gap and its null}; "image": the clearest's similarity."""
     x, y = g.grid(lab.p).T
     apart = (x[:, None] != x) & (y[:, None] != y) & (x * y > 0) & (x * y > 0)[:, None]
-    v = F.normalize(observed(lab)["outputs"][:, :, :, 1:], dim=-1).flatten(1, 2) # (n, pp, 2, LH, C)
-    similarity = torch.einsum("nithc,njthc->thij", v, v).flatten(0, 1) / len(v)
-    names = [f"head {head} at {at}" for at in "yz" for head in lab.heads]
-    gaps = against_null(lambda x, y: ratio_gap(similarity * apart, x, y)[:, None],
+    names, similarity = [], []
+    for head, token in itertools.product(lab.heads, "yz"):
+        v = F.normalize(observe(lab)[1][head, token], dim=-1).flatten(1, 2)          # (n, p*p, C)
+        names.append(f"head {head} at {token}")
+        similarity.append((v @ v.mT).mean(0))
+    similarity = torch.stack(similarity)                                             # (N, p*p, p*p)
+    gaps = against_null(lambda x, y: ratio_gap(similarity, apart, x, y)[:, None],
                         "multiplicative", lab.p, names, ("gap",))
     clearest = max(names, key=lambda name: gaps[name]["gap"])
     return {"gaps": gaps, "clearest": clearest, "image": similarity[names.index(clearest)]}
 
 def show_similarity(lab, found):
-    table("Cosine similarity times 100: inputs of equal ratio y/x less unequal", found["gaps"],
-          f"null: 95% of {NULLS} random orders of the residues")
+    table("Cosine similarity, inputs of equal ratio y/x less unequal", {
+        name: {column: f"{value:.2f}" for column, value in row.items()}
+        for name, row in found["gaps"].items()}, "0: a ratio does not matter; 2 would be the most")
 
 def draw_similarity(plt, lab, found):
     x, ratio = powers(lab.p).repeat(lab.p - 1), powers(lab.p).repeat_interleave(lab.p - 1)
@@ -451,10 +510,11 @@ def draw_similarity(plt, lab, found):
     ax.set(title=f"{found['clearest']}: inputs (x, y) sorted by log(y/x), then by log x")
     return {"similarity.png": fig}
 
-# -------------------------------------------------------------------------------------------------
-# Patching: put another value into one part. Is it needed (its mean)? Does it carry the task?
-# -------------------------------------------------------------------------------------------------
-
+# ----------------------------------------------------------------------------------------- Patching
+# Question: which parts are needed, and which carry the task?
+# Method:   hold a part at its mean; or patch it from a run with the same inputs on another task.
+# If it is needed: held, less ratio queries are right. If it carries the task: patched, the answers
+#           become the other task's. If neither: as many as without a change, and none.
 def parts_of(lab):
     """{"head 0.1" or "MLP 0": (its site, its slice of it)}."""
     width = lab.cfg.embd // lab.cfg.heads
@@ -464,54 +524,52 @@ def parts_of(lab):
 
 def answers_with(lab, tokens, values, changes):
     """answers() where each of changes, (part, positions), reads {site: (T, n) or (B, T, n)}."""
-    parts = parts_of(lab)
+    parts, changed = parts_of(lab), {}
+    for site, module in sites(lab.model).items():
+        mine = [(at, parts[part][1]) for part, at in changes if parts[part][0] == site]
 
-    def put(x, site):
-        x = x.clone()
-        for part, at in changes:
-            if parts[part][0] == site:
-                x[:, at, parts[part][1]] = values[site][..., at, parts[part][1]].to(x)
-        return x
-    return run_with({module: lambda x, site=site: put(x, site)
-                     for site, module in sites(lab.model).items()}, lambda: answers(lab, tokens))
+        def put(x, site=site, mine=mine):
+            x = x.clone()
+            for at, columns in mine:
+                x[:, at, columns] = values[site][..., at, columns].to(x)
+            return x
+        changed[module] = put
+    return run_with(changed, lambda: answers(lab, tokens))
 
 def measure_patching(lab):
-    """{"parts": {part: {"held x": accuracy on ratio queries, ..., "patched x": ..., ...}}}."""
-    # Held at its mean; or patched from a run with the same inputs on another task: how often the
-    # answer is the other task's. "kept": the heads without which, on validation tasks, a tenth is
-    # lost; "only": accuracy with all other heads held; "nothing": with none held.
+    """"parts": {part: {"held x": accuracy on ratio queries, ..., "patched x": how often the answer
+    is the other task's, ...}}; "nothing": accuracy with none held."""
     known = g.to_tokens(*contexts(lab, "val_ood", SEQUENCES, lab.k), lab.p)
     tasks, inputs = contexts(lab, "test_ood", SEQUENCES, lab.k)
     ours, theirs = (g.to_tokens(t, inputs, lab.p) for t in (tasks, tasks.roll(1, 0)))
     seen, other = (record(sites(lab.model), lambda: answers(lab, t)) for t in (known, theirs))
     means = {site: values.mean(0) for site, values in seen.items()}
+    is_ratio, differs = skill_of(ours, lab.p) == 1, theirs[:, 2::3] != ours[:, 2::3]
 
-    def share(changes, tokens=ours, values=means, wanted=None):
-        z = (tokens if wanted is None else wanted)[:, 2::3]
-        counts = (skill_of(tokens, lab.p) == 1) & ((wanted is None) | (z != tokens[:, 2::3]))
-        return (answers_with(lab, tokens, values, changes) == z)[counts].float().mean().item()
-    heads = {part: (part, slice(None)) for part in parts_of(lab) if part.startswith("head")}
-    enough = share([], known) - 0.1
-    kept = [head for head, change in heads.items() if share([change], known) < enough]
-    return {"nothing": share([]), "kept": kept,
-            "only": share([change for head, change in heads.items() if head not in kept]),
-            "parts": {part: {f"{how} {at}": share([(part, where)], ours, *values)
-                             for how, values in (("held", (means,)), ("patched", (other, theirs)))
-                             for at, where in POSITIONS.items()} for part in parts_of(lab)}}
+    def right(changes):
+        said = answers_with(lab, ours, means, changes)
+        return (said == ours[:, 2::3])[is_ratio].float().mean().item()
+
+    def as_theirs(change):
+        said = answers_with(lab, ours, other, [change])
+        return (said == theirs[:, 2::3])[is_ratio & differs].float().mean().item()
+    parts = {part: {f"held {name}": right([(part, at)]) for name, at in POSITIONS.items()}
+             | {f"patched {name}": as_theirs((part, at)) for name, at in POSITIONS.items()}
+             for part in bar(parts_of(lab), "patching")}
+    return {"nothing": right([]), "parts": parts}
 
 def show_patching(lab, found):
     table("Ratio queries, in %: right with a part held; as the other task with it patched",
-          found["parts"], f"nothing held: {100 * found['nothing']:.1f}; all heads held but "
-          f"{', '.join(found['kept'])}: {100 * found['only']:.1f}; chance {100 / lab.p:.1f}")
+          found["parts"], f"nothing held: {100 * found['nothing']:.1f}, so less if it is needed; "
+          f"nothing patched: 0, so more if it carries the task; chance {100 / lab.p:.1f}")
 
-# -------------------------------------------------------------------------------------------------
-# Votes: how a deeper model answers a query whose line no example is on (not in the paper)
-# -------------------------------------------------------------------------------------------------
-# Any two examples on different lines determine the answer. Does the model combine two, and which?
-# The *offset* of an example: how many steps of the discrete logarithm its ratio y/x is below the
-# query's. Ratio Matching fetches offset 0. Which others do heads fetch, and is a pair of examples
-# solved just if two different heads fetch them? No input is on an axis: 0 has no logarithm.
-
+# -------------------------------------- Votes of pairs: how deeper models answer (not in the paper)
+# Question: how does a deeper model answer queries whose line no example is on: by two examples?
+# Method:   the *offset* of an example is how many steps of the logarithm its ratio y/x is below the
+#           query's. Ratio Matching fetches offset 0. Which others do heads fetch, which pairs of
+#           offsets are enough alone, and do the votes of all pairs make the model's answers?
+# If so:    pairs that two different heads fetch are solved, others are near chance.
+# If not:   no pair is solved, or also those that one head fetches. No input is on an axis here.
 def at_offsets(lab, offsets):
     """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3)."""
     m, generator, tasks = lab.p - 1, torch.Generator().manual_seed(SEED), lab.split["test_ood"]
@@ -547,10 +605,10 @@ def attention_by_offset(lab):
     return torch.einsum("bhs,bso->ho", weights, is_at) / is_at.sum((0, 1))
 
 def by_two_heads(fetches, pairs):
-    """Whether two different heads fetch a pair (n, 2): (n,). fetches (heads, p - 1): 0 or 1."""
-    # Count (head for one, head for the other): all choices, against those of the same head twice.
-    first, second = fetches[:, pairs].movedim(-1, 0)                                 # (heads, n)
-    return first.sum(0) * second.sum(0) > (first * second).sum(0)
+    """Whether two different heads fetch pairs (n, 2): (n,). fetches (heads, p - 1) is 0 or 1."""
+    one, other = fetches[:, pairs].movedim(-1, 0)                # who fetches either: (heads, n)
+    all_choices, same_head_twice = one.sum(0) * other.sum(0), (one * other).sum(0)
+    return all_choices > same_head_twice
 
 def votes_by_shots(lab, solved):
     """{shots: ...}: how model and votes do; solved (p - 1, p - 1): which pairs are, alone."""
@@ -631,70 +689,11 @@ def draw_votes(plt, lab, found):
         circle.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return {"votes.png": fig}
 
-# -------------------------------------------------------------------------------------------------
-# Progress over training, from the snapshots of grok_icl.py --snapshots
-# -------------------------------------------------------------------------------------------------
-
-def divide(a, b, p):
-    """a / b mod p, elementwise; p where b is 0."""
-    return g.line_of(torch.stack((b, a), -1), p)
-
-def measure_progress(lab):
-    """Over the S snapshots; the head is the one whose circle is clearest in the checkpoint."""
-    # "skill" (S, 3): accuracy on validation tasks; "circle" (S,), "plane" (S, p, p) of that head;
-    # "line" (S,): how much the head that looks most at the query's line does, of an even spread;
-    # "subgroup" (S, n): how often, on one line, answer / z is in the subgroup of each of "sizes".
-    order, heads = orders("multiplicative", lab.p, 0)[0], head_planes(lab, 1)
-    head = max(heads, key=lambda name: circles(heads[name], *order)[0, 0])
-    one = g.training_batch(lab.split, g.line_of(lab.split["train_inputs"], lab.p), lab.cfg, 1,
-                           torch.Generator().manual_seed(SEED))
-    tokens = g.to_tokens(*contexts(lab, "val_ood", SEQUENCES, lab.k), lab.p)
-    skill, z, found = skill_of(tokens, lab.p), one[:, 2::3], []
-    sizes = [d for d in range(1, lab.p - 1) if (lab.p - 1) % d == 0]
-    for now in (open_lab(file, lab.device) for file in lab.snapshots):
-        right = answers(now, tokens) == tokens[:, 2::3]
-        plane = head_planes(now, 1)[head][0]
-        if found:                                        # turn, or mirror, as it was before
-            before = found[-1]["plane"]
-            plane = max((c * (c.conj() * before).sum().sgn() for c in (plane, plane.conj())),
-                        key=lambda c: (c.conj() * before).sum().real)
-        ratio = divide(answers(now, one), z, lab.p)[:, 1:][z[:, 1:] > 0]
-        inside = [torch.isin(ratio, powers(lab.p)[::(lab.p - 1) // d]) for d in sizes]
-        found.append({"step": torch.tensor(now.step), "plane": plane,
-                      "line": torch.tensor(max(measure_attention(now)["line"].values())),
-                      "circle": circles(plane, *order)[0],
-                      "skill": torch.stack([right[skill == s].float().mean() for s in range(3)]),
-                      "subgroup": torch.stack(inside).float().mean(1)})
-    return {name: torch.stack([row[name] for row in found]) for name in found[0]} | {
-        "head": head, "sizes": sizes, "history": now.history}
-
-def show_progress(lab, found):
-    columns = [*SKILLS[:3], "circle", "line", *(f"order {d}" for d in found["sizes"])]
-    rows = torch.column_stack([found[n] for n in ("skill", "circle", "line", "subgroup")]).tolist()
-    table("Over training, in %: accuracy by skill on validation tasks, and more",
-          {step: dict(zip(columns, row)) for step, row in zip(found["step"].tolist(), rows)},
-          f"circle: head {found['head']}; line: attention to it, of an even spread, most of all "
-          "heads; order: on one line, answer / z is in that subgroup")
-
-def draw_progress(plt, lab, found):
-    steps, last = found["step"].tolist(), found["plane"][-1].flatten()
-    film, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
-
-    def frame(i):
-        left.clear()
-        right.clear()
-        scatter(left, found["plane"][i].flatten(), g.grid(lab.p)[:, 0], lab.p, last)
-        left.set(title=f"step {steps[i]}, head {found['head']}; colour: log x", aspect="equal",
-                 xticks=[], yticks=[])
-        draw_history(right, [row for row in found["history"] if row["step"] <= steps[i]])
-        right.set_xlim(0, steps[-1])
-    frames = [*range(0, len(steps), math.ceil(len(steps) / 48)), *[len(steps) - 1] * 8]
-    return {"progress.gif": plt.matplotlib.animation.FuncAnimation(film, frame, frames)}
-
-# -------------------------------------------------------------------------------------------------
-# Many runs: what share of the possible each reaches, and its phase (figure 1b)
-# -------------------------------------------------------------------------------------------------
-
+# --------------------------------------------------------- Many runs: shares and phases (figure 1b)
+# Question: how does the end of training depend on tasks, inputs, depth and p?
+# Method:   of each run the share, (accuracy - chance) / (Ratio Matching's - chance), and phase.
+# If a run matches ratios: 100% on all four sets. If it knows its tasks by heart: more than 100% on
+#           i.d. tasks, 0 on o.o.d. ones. A memory of the tasks alone: the column "memory".
 def held_out(runs):
     """{(p, seed): the set of test o.o.d. tasks that all runs of it share}; BadInput if none."""
     common = {}
@@ -708,8 +707,8 @@ def held_out(runs):
     return common
 
 def measure_phases(runs):
-    """{run: its config, (accuracy - chance) / (Ratio Matching's - chance) on four sets, phase}."""
-    # Novel queries of o.o.d. tasks that no run of the same p and seed learned from or stopped by.
+    """{run: its config, shares on four sets, phase}, on novel queries; o.o.d. tasks are those that
+    no run of the same p and seed learned from or stopped by."""
     found, common = {}, held_out(runs)
     for name, (checkpoint, cfg, model) in runs.items():
         split = checkpoint["split"] | {"test_ood": torch.tensor(sorted(common[cfg.p, cfg.seed]))}
@@ -718,18 +717,18 @@ def measure_phases(runs):
         right, ratio = torch.tensor([
             (g.evaluate(model, tokens)[1, -1], g.oracle_accuracy(tokens, cfg.p)[0][1, -1])
             for tokens in sets.values()]).T
-        memory = memory_scores(sets["test_ood_train"].cpu(), split["id"], cfg.p)[1]
+        memory = memory_scores(sets["test_ood_train"].cpu(), split["id"], cfg.p)
         memory = g.accuracy(memory, sets["test_ood_train"].cpu())[1, -1:]
         share = (torch.cat((right, memory)) - 1 / cfg.p) / (ratio[[0, 1, 2, 3, 2]] - 1 / cfg.p)
         found[name] = {k: str(getattr(cfg, k)) for k in "p tasks alpha depth embd seed".split()}
-        found[name] |= dict(zip((*SETS, "best fit"), share.tolist()))
+        found[name] |= dict(zip((*SETS, "memory"), share.tolist()))
         words = g.phase(right, ratio, cfg.p).split()
         found[name]["phase"] = "".join(w[0].upper() for w in words) if len(words) == 2 else "?"
     return found
 
 def show_phases(runs, found):
     table("Share of what Ratio Matching can, in % (0 is chance), on novel queries", found,
-          "best fit: a memory of the pre-training tasks, on o.o.d. tasks and train inputs; phase: "
+          "memory: the training tasks that fit best, on o.o.d. tasks and train inputs; phase: "
           "I, O: i.d., o.o.d.; M, G: memorization, generalization; ?: none of these")
 
 def draw_phases(plt, runs, found):
@@ -737,7 +736,8 @@ def draw_phases(plt, runs, found):
     kinds = np.array(["p = {p}, depth {depth}".format(**row) for row in found.values()])
     grids = {kinds[0]: {(n, float(row["alpha"])): row["phase"]
                         for n, row in zip(tasks.tolist(), found.values())},
-             "the paper: p = 29, depth 6": PAPER}
+             "the paper: p = 29, depth 6": {(8 * 2 ** i, alpha): name for alpha in PAPER
+                                            for i, name in enumerate(PAPER[alpha].split())}}
     if len({row["alpha"] for row in found.values()}) > 1:
         fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
         for ax, (title, cells) in zip(axes, grids.items()):
@@ -750,7 +750,7 @@ def draw_phases(plt, runs, found):
     fig, panels = plt.subplots(1, len(set(kinds)), sharey=True, squeeze=False, figsize=(10, 3))
     for ax, kind in zip(panels[0], sorted(set(kinds))):
         n, i = np.unique(tasks[kinds == kind], return_inverse=True)
-        for name, style in zip((*SETS, "best fit"), "oC7-- vC7- oC0-- vC0- +k-".split()):
+        for name, style in zip((*SETS, "memory"), "oC7-- vC7- oC0-- vC0- +k-".split()):
             share = np.array([100 * row[name] for row in found.values()])[kinds == kind]
             ax.semilogx(n[i], share, style.strip("-"), base=2, ms=3)
             ax.semilogx(n, np.bincount(i, share) / np.bincount(i), style, base=2, label=name)
@@ -759,22 +759,31 @@ def draw_phases(plt, runs, found):
     panels[0, -1].legend()
     return {"phases.png": fig}
 
-# -------------------------------------------------------------------------------------------------
-# Command line
-# -------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------- Command line
+
+SECTIONS = {                  # of each part, what measures, prints and draws it
+    "shots": (measure_shots, show_shots, None),
+    "skills": (measure_skills, show_skills, draw_skills),
+    "attention": (measure_attention, show_attention, draw_attention),
+    "pca": (measure_pca, show_pca, draw_pca),
+    "fourier": (measure_fourier, show_fourier, draw_fourier),
+    "similarity": (measure_similarity, show_similarity, draw_similarity),
+    "patching": (measure_patching, show_patching, None),
+    "votes": (measure_votes, show_votes, draw_votes),
+    "phases": (measure_phases, show_phases, draw_phases)}                # of many runs
 
 def open_lab(path, device):
     """What every part needs: a model, its config and split, and where it is from."""
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     device = g.pick_device(device)
     checkpoint, cfg, model = g.load_checkpoint(file, device)
-    snapshots = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "step[0-9]*.pt")),
-                       key=lambda name: (len(name), name))
-    possible = {"progress": snapshots, "votes": cfg.p > 3 and cfg.examples > 2}
+    as_in_the_paper = torch.equal(g.features(g.grid(cfg.p), cfg.p), g.grid(cfg.p))
+    possible = {"votes": as_in_the_paper and cfg.p > 3 and cfg.examples > 2,
+                "similarity": as_in_the_paper, "phases": False}
     return SimpleNamespace(
-        model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, snapshots=snapshots,
+        model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, observed=None,
         heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
-        parts=[part for part in PARTS if possible.get(part, True)],
+        parts=[part for part in SECTIONS if possible.get(part, True)],
         **{name: checkpoint[name] for name in ("split", "step", "history")})
 
 def open_runs(folders, device):
@@ -800,27 +809,21 @@ def save(out, found):
 def analyze(lab, parts, out):
     """Measure, print, draw and save each part."""
     try:
-        from matplotlib import animation, pyplot as plt  # noqa: F401: draw_progress uses both
+        from matplotlib import pyplot as plt
         plt.switch_backend("agg")
-        plt.rcParams |= {"font.size": 8, "figure.constrained_layout.use": True,
-                         "animation.writer": "pillow"}
+        plt.rcParams |= {"font.size": 8, "figure.constrained_layout.use": True}
     except ImportError:
         plt = None
         print("No pictures: pip install matplotlib")
-    found, written, here = {}, ["analysis.json", "analysis.npz"], globals()
+    found, written = {}, ["analysis.json", "analysis.npz"]
     for part in parts:
-        found[part] = here[f"measure_{part}"](lab)
-        here[f"show_{part}"](lab, found[part])
+        measure, show, draw = SECTIONS[part]
+        found[part] = measure(lab)
+        show(lab, found[part])
         save(out, found)                                 # after each: Ctrl-C loses only one
-        draw = here.get(f"draw_{part}") if plt else None
-        for name, figure in (draw(plt, lab, found[part]) if draw else {}).items():
-            new = os.path.join(out, "new " + name)       # then rename: no picture is half a picture
-            try:
-                (figure.savefig if name.endswith("png") else figure.save)(new)
-                os.replace(new, os.path.join(out, name))
-            finally:
-                with contextlib.suppress(OSError):
-                    os.remove(new)
+        for name, figure in (draw(plt, lab, found[part]) if plt and draw else {}).items():
+            figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
+            g.write_file(os.path.join(out, name), buffer.getbuffer())
             written.append(name)
     print(f"\nWrote {', '.join(written)} to {out}")
 
@@ -832,7 +835,8 @@ def main(argv=None):
         allow_abbrev=False, usage="analyze.py RUN|FILE [part ...] | phases [DIR ...]")
     parser.error = refuse
     parser.add_argument("path", metavar="RUN|FILE", help="a run's folder, a checkpoint, or: phases")
-    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(PARTS)} [all]")
+    parser.add_argument("parts", nargs="*", default=[],
+                        help=f"of {', '.join([*SECTIONS][:-1])} [all]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     parser.add_argument("--out", help="folder to write to [the run's; for FILE.pt FILE; else here]")
     try:
@@ -842,12 +846,8 @@ def main(argv=None):
         parts = ["phases"] if phases else args.parts or lab.parts
         for part in parts:
             if not phases and part not in lab.parts:
-                raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (progress wants "
-                                 "--snapshots; votes three examples and p above 3)")
-        for file in lab.snapshots if "progress" in parts else []:
-            other = g.load_checkpoint(file)[1]                   # a damaged one is named now
-            if any(getattr(other, name) != getattr(lab.cfg, name) for name in g.FIXED):
-                raise g.BadInput(f"{file}: a snapshot of another run; remove it")
+                raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: three examples, p "
+                                 "above 3; votes, similarity: the paper's rule)")
         out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         try:
