@@ -32,8 +32,8 @@ import grok_icl as g
 
 SHOTS = (1, 2, 4, 8, 16)      # that a table shows, and the last one
 SEED = 7                      # of the contexts and of the random orders
-CONTEXTS = 3                  # over which pca, fourier and similarity are averaged
-SEQUENCES = 128               # for attention and patching; several times as many for votes
+CONTEXTS = 2                  # over which pca and similarity are averaged; half a sequence long
+SEQUENCES = 64                # for attention and patching; several times as many for others
 EACH_PAIR = 30                # sequences for each pair of offsets, in votes
 FETCHED = 0.1                 # attention to an example that counts as fetching it
 NULLS = 100                   # random orders of the residues
@@ -101,7 +101,7 @@ def observe(lab):
     C coordinates as the authors do it."""
     if lab.observed is None:
         at_y, added, runs = {}, {}, []
-        for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k - 1)):
+        for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k // 2)):
             seen = record(sites(lab.model), lambda: answers(lab, query_grid(*context, lab.p)))
             runs.append({site: values[:, -3:].clone() for site, values in seen.items()})
         for site, module in sites(lab.model).items():
@@ -147,10 +147,10 @@ def bar(things, name):
     """A progress bar over things, on a terminal, gone at its end."""
     return tqdm(things, name, leave=False, disable=None)
 
-def table(title, rows, note=""):
-    """Print {name: {column: number or text}}, numbers in percent, None and nan as a dash."""
+def table(title, rows, note="", scale=100, digits=1):
+    """Print {name: {column: number or text}}: numbers times scale, percent by default; nan: -."""
     def text(v):
-        return v if isinstance(v, str) else f"{100 * v:.1f}" if v is not None and v == v else "-"
+        return v if isinstance(v, str) else f"{scale * v:.{digits}f}" if v == v else "-"
     cells = [["", *map(str, next(iter(rows.values())))]]
     cells += [[str(name), *map(text, row.values())] for name, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -178,7 +178,7 @@ def memory_scores(tokens, tasks, p):
 
 def measure_shots(lab):
     """Accuracy on the four sets, over all and novel queries: {"set, who": (2, k)}."""
-    sets, found = g.eval_sequences(lab.split, "test_ood", 4 * SEQUENCES, lab.k, lab.p, SEED), {}
+    sets, found = g.eval_sequences(lab.split, "test_ood", 8 * SEQUENCES, lab.k, lab.p, SEED), {}
     for name, tokens in sets.items():
         curves = [g.evaluate(lab.model, tokens.to(lab.device)), *g.oracle_accuracy(tokens, lab.p),
                   g.accuracy(memory_scores(tokens, lab.split["id"], lab.p), tokens)]
@@ -286,8 +286,8 @@ def measure_attention(lab):
             "maps": torch.stack([w[:, :, :15, :15].mean(0) for w in weights])}
 
 def show_attention(lab, found):
-    table("Attention from a query's y to examples on its line, as a multiple of an even spread", {
-        "head": {head: f"{times:.1f}" for head, times in found["line"].items()}}, "none: 1.0")
+    table("Attention from a query's y to examples on its line, as a multiple of an even spread",
+          {"head": found["line"]}, "no preference: 1.0", scale=1)
 
 def draw_attention(plt, lab, found):
     L, H, T = found["maps"].shape[:3]
@@ -430,7 +430,7 @@ def measure_fourier(lab):
     """"kept": {"site, group": {n: accuracy_with the n strongest pairs}}; "examples" (2, p, p): the
     coordinate of a head and the neuron of block 0 that are most nearly one wave."""
     # Which characters are strong is seen in two contexts, and used in the last one.
-    context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k - 1)]
+    context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k // 2)]
     tokens, kept = query_grid(*context, lab.p), {}
     counts = (skill_of(tokens, lab.p)[:, -1] == 1) & (g.grid(lab.p) > 0).all(1)
     seen, before = record(sites(lab.model), lambda: answers(lab, tokens)), observe(lab)[0]
@@ -438,7 +438,7 @@ def measure_fourier(lab):
         order = orders(group, lab.p, 0)[0, 0]
         f = seen[site][:, -2].T.unflatten(1, (lab.p, lab.p))                         # (N, p, p)
         kept[f"{site}, {group}"] = {n: accuracy_with(lab, site, keep_characters(
-            f, order, strongest(before[site][:2], order, n)), tokens, counts) for n in KEPT}
+            f, order, strongest(before[site], order, n)), tokens, counts) for n in KEPT}
     order, examples = powers(lab.p), []
     for f in (before["heads 0"][0], before["neurons 0"][0]):                         # (N, p, p)
         power = character_power(f, order, order).flatten(1)
@@ -497,9 +497,8 @@ def measure_similarity(lab):
     return {"gaps": gaps, "clearest": clearest, "image": similarity[names.index(clearest)]}
 
 def show_similarity(lab, found):
-    table("Cosine similarity, inputs of equal ratio y/x less unequal", {
-        name: {column: f"{value:.2f}" for column, value in row.items()}
-        for name, row in found["gaps"].items()}, "0: a ratio does not matter; 2 would be the most")
+    table("Cosine similarity, inputs of equal ratio y/x less unequal", found["gaps"],
+          "0: the ratio does not matter; 2 would be the most", scale=1, digits=2)
 
 def draw_similarity(plt, lab, found):
     x, ratio = powers(lab.p).repeat(lab.p - 1), powers(lab.p).repeat_interleave(lab.p - 1)
@@ -597,7 +596,7 @@ def accuracy_of_pairs(lab, pairs, run=answers):
 def attention_by_offset(lab):
     """Of each head, from the query's y to the z of one of eight examples: (heads, p - 1)."""
     generator = torch.Generator().manual_seed(SEED)
-    offsets = torch.randint(lab.p - 1, (8 * SEQUENCES, min(8, lab.k - 1)), generator=generator)
+    offsets = torch.randint(lab.p - 1, (16 * SEQUENCES, min(8, lab.k - 1)), generator=generator)
     scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
                     lambda: answers(lab, at_offsets(lab, offsets)))                  # (B, H, T, T)
     weights = torch.cat([s.softmax(-1)[:, :, -2, 2:-1:3] for s in scores.values()], dim=1)
@@ -614,7 +613,7 @@ def votes_by_shots(lab, solved):
     """{shots: ...}: how model and votes do; solved (p - 1, p - 1): which pairs are, alone."""
     rows, generator = {}, torch.Generator().manual_seed(SEED)
     for n in [n for n in (2, 3, 4, 6, 8, 12) if n < lab.k]:
-        offsets = torch.randint(1, lab.p - 1, (2 * SEQUENCES, 2 * n), generator=generator)
+        offsets = torch.randint(1, lab.p - 1, (4 * SEQUENCES, 2 * n), generator=generator)
         tokens = at_offsets(lab, offsets)               # n examples, n more of the task, a query
         ours, z = torch.cat((tokens[:, :3 * n], tokens[:, -3:]), dim=1), tokens[:, -1]
         model, singles, pairs = (vote(lab, ours, size) for size in (n, 1, 2))
@@ -712,7 +711,7 @@ def measure_phases(runs):
     found, common = {}, held_out(runs)
     for name, (checkpoint, cfg, model) in runs.items():
         split = checkpoint["split"] | {"test_ood": torch.tensor(sorted(common[cfg.p, cfg.seed]))}
-        sets = g.eval_sequences(split, "test_ood", 8 * SEQUENCES, cfg.examples, cfg.p, SEED)
+        sets = g.eval_sequences(split, "test_ood", 16 * SEQUENCES, cfg.examples, cfg.p, SEED)
         sets = {kind: tokens.to(model.norm.weight.device) for kind, tokens in sets.items()}
         right, ratio = torch.tensor([
             (g.evaluate(model, tokens)[1, -1], g.oracle_accuracy(tokens, cfg.p)[0][1, -1])
@@ -823,6 +822,7 @@ def analyze(lab, parts, out):
         save(out, found)                                 # after each: Ctrl-C loses only one
         for name, figure in (draw(plt, lab, found[part]) if plt and draw else {}).items():
             figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
+            plt.close(figure)
             g.write_file(os.path.join(out, name), buffer.getbuffer())
             written.append(name)
     print(f"\nWrote {', '.join(written)} to {out}")

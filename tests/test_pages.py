@@ -70,7 +70,7 @@ def test_each_command_shown_parses(page, tmp_path, monkeypatch):
             flags = [i for i, word in enumerate(argv) if word in ("--out", "--device")]
             parts = [word for i, word in enumerate(argv[1:], 1)
                      if i not in flags and i - 1 not in flags]
-            assert argv[:1] == ["phases"] or {*parts} <= {*a.PARTS}, argv
+            assert argv[:1] == ["phases"] or {*parts} <= {*a.SECTIONS}, argv
         else:
             try:
                 g.parse_config(argv)
