@@ -32,7 +32,7 @@ import grok_icl as g
 
 SHOTS = (1, 2, 4, 8, 16)      # that a table shows, and the last one
 SEED = 7                      # of the contexts and of the random orders
-CONTEXTS = 2                  # over which pca and similarity are averaged; half a sequence long
+CONTEXTS = 2                  # over which pca and similarity are averaged
 SEQUENCES = 64                # for attention and patching; several times as many for others
 EACH_PAIR = 30                # sequences for each pair of offsets, in votes
 FETCHED = 0.1                 # attention to an example that counts as fetching it
@@ -101,7 +101,7 @@ def observe(lab):
     C coordinates as the authors do it."""
     if lab.observed is None:
         at_y, added, runs = {}, {}, []
-        for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k // 2)):
+        for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k - 1)):
             seen = record(sites(lab.model), lambda: answers(lab, query_grid(*context, lab.p)))
             runs.append({site: values[:, -3:].clone() for site, values in seen.items()})
         for site, module in sites(lab.model).items():
@@ -427,8 +427,8 @@ def accuracy_with(lab, site, f, tokens, counts):
     return (said[:, -1] == tokens[:, -1]).float().mean().item()
 
 def measure_fourier(lab):
-    """"kept": {"site, group": {n: accuracy_with the n strongest pairs}}; "examples" (2, p, p): the
-    coordinate of a head and the neuron of block 0 that are most nearly one wave."""
+    """"kept": {"site, group": {n: accuracy_with the n strongest pairs}}; "examples" (2, p, p): of
+    heads' coordinates and of neurons the one that is most nearly one wave of both x and y."""
     # Which characters are strong is seen in two contexts, and used in the last one.
     context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k // 2)]
     tokens, kept = query_grid(*context, lab.p), {}
@@ -440,9 +440,11 @@ def measure_fourier(lab):
         kept[f"{site}, {group}"] = {n: accuracy_with(lab, site, keep_characters(
             f, order, strongest(before[site], order, n)), tokens, counts) for n in KEPT}
     order, examples = powers(lab.p), []
-    for f in (before["heads 0"][0], before["neurons 0"][0]):                         # (N, p, p)
-        power = character_power(f, order, order).flatten(1)
-        examples.append(f[(power.amax(1) / power.sum(1).clamp(min=1e-9)).argmax()])
+    for kind in ("heads", "neurons"):
+        f = torch.cat([f[0] for site, f in before.items() if site.startswith(kind)])  # (N, p, p)
+        power = character_power(f, order, order)
+        power[:, 0] = power[:, :, 0] = power[:, len(order) // 2] = 0       # no wave of x and y
+        examples.append(f[(power.amax((1, 2)) / f.var((1, 2)).clamp(min=1e-9)).argmax()])
     return {"kept": kept, "examples": torch.stack(examples)}
 
 def show_fourier(lab, found):
@@ -460,10 +462,11 @@ def draw_fourier(plt, lab, found):
             share, half = 100 * power / power.sum(), len(power) // 2
             image.imshow(f[order[0][:, None], order[1]].T, origin="lower", cmap="RdBu_r")
             image.set(title=f"{name}, {by}", xlabel="x", ylabel="y", xticks=[], yticks=[])
-            spectrum.imshow(share.T, origin="lower", vmin=0, vmax=50, cmap="Greys",
+            spectrum.imshow(share.T, origin="lower", vmin=0, vmax=25, cmap="Greys",
                             extent=2 * (-half - 0.5, half - 0.5))
             spectrum.set(title=f"its spectrum, at most {share.max():.0f}%", xlabel="frequency in x",
                          ylabel="frequency in y")
+    fig.suptitle("Functions of the query (x, y); a diagonal is one ratio y/x")
     return {"fourier.png": fig}
 
 # ------------------------------------------------------------------- Similarity by ratio (figure 7)

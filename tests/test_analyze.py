@@ -81,7 +81,7 @@ def test_what_is_observed_is_what_sequences_alone_show():
     lab = planted_lab()
     seen, added = a.observe(lab)
     assert a.observe(lab)[0] is seen                             # computed once
-    for n, context in enumerate(zip(*a.contexts(lab, "test_ood", a.CONTEXTS, lab.k // 2))):
+    for n, context in enumerate(zip(*a.contexts(lab, "test_ood", a.CONTEXTS, lab.k - 1))):
         tokens = a.query_grid(*context, 7)
         alone = a.record(a.sites(lab.model), lambda: lab.model(tokens, everywhere=True))
         for i, block in enumerate(lab.model.blocks):
