@@ -24,6 +24,7 @@ import analyze as a  # noqa: E402
 import grok_icl as g  # noqa: E402
 
 torch.set_num_threads(1)
+GROUPS = ("multiplicative", "additive")
 
 
 def config(**changes):
@@ -197,7 +198,7 @@ def circle_and_null(plane, group):
                           ["it"], ["one", "two"])["it"]
 
 
-@pytest.mark.parametrize("group, other", [a.GROUPS, a.GROUPS[::-1]])
+@pytest.mark.parametrize("group, other", [GROUPS, GROUPS[::-1]])
 def test_a_planted_circle_is_found_in_its_group_alone(group, other):
     p = 13
     z = torch.polar(torch.ones(p, p, dtype=torch.double), angle(p, group, 3, 0).double())
@@ -235,7 +236,7 @@ def test_the_plane_holds_the_planted_variance():
         assert abs(np.corrcoef(plane.real, longer)[0, 1]) > 0.95
 
 
-@pytest.mark.parametrize("group", a.GROUPS)
+@pytest.mark.parametrize("group", GROUPS)
 def test_the_spectrum_of_planted_waves(group):
     p = 11
     waves = torch.stack([angle(p, group, 2, 3).cos(), angle(p, group, 4, -4).cos(),
@@ -270,9 +271,14 @@ def test_similarity_by_ratio_is_found_and_nothing_in_noise():
 def test_the_strongest_pairs_of_characters_are_chosen():
     p, order = 11, a.powers(11)
     f = angle(p, "multiplicative", 2, 3).cos() + 0.5 * angle(p, "multiplicative", 1, 0).cos()
+    sign = angle(p, "multiplicative", 5, 0).cos() / math.cos(0.7)       # is its own conjugate
     for n, pairs in ((1, {(2, 3), (8, 7)}), (2, {(2, 3), (8, 7), (1, 0), (9, 0)})):
         mask = a.strongest(f[None, None], order, n)[0]
         assert {(k, l) for k, l in mask.nonzero().tolist()} == pairs
+    for height, first in ((0.6, {(2, 3), (8, 7)}), (0.8, {(5, 0)})):    # power .36, .64, of f .5
+        mask = a.strongest((f + height * sign)[None, None], order, 1)[0]
+        assert {(k, l) for k, l in mask.nonzero().tolist()} == first
+    assert not a.strongest(torch.zeros(1, 1, p, p), order, 3).any()     # of nothing, nothing
 
 
 def test_characters_are_kept_and_removed():
@@ -298,8 +304,9 @@ def test_all_characters_kept_change_nothing_and_few_of_the_wrong_group_break_it(
     right = (a.answers(lab, tokens)[:, -1] == tokens[:, -1])[counts].float().mean().item()
     found = a.measure_fourier(lab)
     assert all(row[10 ** 6] == pytest.approx(right) for row in found["kept"].values())
-    assert found["kept"]["heads 0, multiplicative"][4] > 0.9
-    assert found["kept"]["heads 0, additive"][1] < 0.6
+    assert found["kept"]["heads 0, by logarithm"][4] > 0.9
+    assert found["kept"]["heads 0, by residue"][1] < 0.6
+    assert found["kept"]["heads 1, by random order"][4] < 0.6
     # the examples are nearer to one wave than most functions: not as in a random order
     true, random = a.orders("multiplicative", lab.p, 1)
     for f in found["examples"]:
@@ -445,6 +452,7 @@ def test_heads_that_fetch_are_found_and_matter(monkeypatch):
     assert {part for part, _ in held} == {"head 0.0", "head 0.1"}
     assert found["kinds"]["two heads"] == {"pairs": "1", "solved": "1", "accuracy": 1.0}
     assert found["kinds"]["not both fetched"]["accuracy"] < 0.5
+    assert a.accuracy_of_pairs(lab, torch.empty(0, 2, dtype=torch.long)).shape == (0,)
     for row in found["heads"].values():
         assert row["need it"] == 1 and row["need it, held"] < 0.5
     assert found["shots"].nonzero().tolist() == [[2, 3], [3, 2]]
@@ -565,11 +573,14 @@ def test_the_shortest_sequences_can_be_analyzed(tmp_path, quick, capsys):
     assert a.main([str(tmp_path), "votes"]) == 2 and "votes: not of" in capsys.readouterr().err
 
 
-def test_what_another_rule_makes_meaningless_is_refused(tiny_run, monkeypatch, capsys):
+def test_what_another_rule_makes_meaningless_is_refused(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(g, "features", lambda inputs, p: inputs ** 2 % p)
-    lab = a.open_lab(str(tiny_run), "cpu")
+    assert a.main([str(tiny_run), "skills"]) == 2                # a run of the paper's rule
+    assert "another version of the code" in capsys.readouterr().err
+    planted_run(tmp_path / "run")
+    lab = a.open_lab(str(tmp_path / "run"), "cpu")
     assert lab.parts == ["shots", "skills", "attention", "pca", "fourier", "patching"]
-    assert a.main([str(tiny_run), "similarity"]) == 2
+    assert a.main([str(tmp_path / "run"), "similarity"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "the paper's rule" in err
 

@@ -301,7 +301,8 @@ def test_attention_equals_torchs_own(at, positions):
     layer, x, weights = model.blocks[0].attention, model.embedding(tokens[:, :14]), []
     layer.softmax.register_forward_hook(lambda module, args, output: weights.append(output))
     ours = layer(x, None if positions is None else torch.tensor(positions), at)
-    angles = torch.outer(torch.tensor(positions or range(14))[:14], 10_000 ** (-torch.arange(4) / 4))
+    places = torch.tensor(positions or range(14))[:14]
+    angles = torch.outer(places, 10_000 ** (-torch.arange(4) / 4))
 
     def heads(linear):
         return linear(x).view(len(x), 14, 2, 8).transpose(1, 2)

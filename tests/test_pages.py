@@ -35,7 +35,7 @@ def links(page):
 
 
 def commands(page):
-    """The arguments of each call of grok_icl.py and analyze.py that a page shows: (script, argv)."""
+    """Each call of grok_icl.py and analyze.py that a page shows: (script, arguments)."""
     for script, words in re.findall(r"(grok_icl|analyze)\.py((?: [^\s`#;)]+)*)",
                                     page.read_text(encoding="utf-8")):
         words = words.rstrip("'.,:").replace("$a", "0.8")     # a loop's alpha, other variables
