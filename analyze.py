@@ -68,13 +68,13 @@ def run_with(changes, run):
             hooks.enter_context(hook)
         return run()
 
-def record(modules, run):
-    """The input of each of {name: module} while run() calls the model once: {name: tensor}."""
+def record(modules, run, at=slice(None)):
+    """The inputs x[:, at] of {name: module} while run() calls the model once: {name: tensor}."""
     found = {}
 
     def keep(name):
         def f(x):
-            found[name] = x.cpu()
+            found[name] = x[:, at].clone().cpu()
             return x                                             # as it was
         return f
     run_with({module: keep(name) for name, module in modules.items()}, run)
@@ -99,8 +99,8 @@ def observe(lab):
     if lab.observed is None:
         at_y, added, runs = {}, {}, []
         for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k - 1)):
-            seen = record(sites(lab.model), lambda: answers(lab, query_grid(*context, lab.p)))
-            runs.append({site: values[:, -3:].clone() for site, values in seen.items()})
+            tokens = query_grid(*context, lab.p)
+            runs.append(record(sites(lab.model), lambda: answers(lab, tokens), slice(-3, None)))
         for site, module in sites(lab.model).items():
             seen = torch.stack([run[site] for run in runs]).unflatten(1, (lab.p, lab.p))
             at_y[site] = seen[:, :, :, 1].movedim(-1, 1).contiguous()
@@ -427,13 +427,13 @@ def measure_fourier(lab):
     heads' coordinates and of neurons the one that is most nearly one wave of both x and y."""
     # Which characters are strong is seen in two contexts, and used in the last one.
     context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k // 2)]
-    tokens, kept = query_grid(*context, lab.p), {}
+    tokens, before, kept = query_grid(*context, lab.p), observe(lab)[0], {}
     counts = (skill_of(tokens, lab.p)[:, -1] == 1) & (g.grid(lab.p) > 0).all(1)
-    seen, before = record(sites(lab.model), lambda: answers(lab, tokens)), observe(lab)[0]
+    seen = record(sites(lab.model), lambda: answers(lab, tokens), slice(-2, -1))
     logarithm, random = orders("multiplicative", lab.p, 1)[:, 0]
     by = {"logarithm": logarithm, "residue": torch.arange(lab.p), "random order": random}
     for site, name in bar([*itertools.product(before, by)], "fourier"):
-        f = seen[site][:, -2].T.unflatten(1, (lab.p, lab.p))                         # (N, p, p)
+        f = seen[site][:, 0].T.unflatten(1, (lab.p, lab.p))                          # (N, p, p)
         kept[f"{site}, by {name}"] = {n: accuracy_with(lab, site, keep_characters(
             f, by[name], strongest(before[site], by[name], n)), tokens, counts) for n in KEPT}
         kept[f"{site}, by {name}"]["all"] = accuracy_with(lab, site, f, tokens, counts)

@@ -12,8 +12,8 @@ The transformer reads worked examples of one task, three tokens each, and never 
 With few pre-training tasks it memorizes them. With many it learns to infer a task it has never
 trained on from the examples in front of it: in-context learning, out of distribution (o.o.d.).
 
-    python grok_icl.py --preset quick            p = 13, 41 seconds on two CPU cores
-    python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 2.5 minutes on two CPU cores
+    python grok_icl.py --preset quick            p = 13, 46 seconds on two CPU cores
+    python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 2.3 minutes on two CPU cores
     python grok_icl.py --preset paper            as published; wants a GPU
 """
 import argparse

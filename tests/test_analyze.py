@@ -427,7 +427,7 @@ def test_heads_that_fetch_are_found_and_matter(monkeypatch):
     at_offsets, asked = a.at_offsets, []
     monkeypatch.setattr(a, "at_offsets", lambda lab, o: asked.append(o) or at_offsets(lab, o))
 
-    def record(modules, run):
+    def record(modules, run, at=slice(None)):
         if 0 not in modules:                                     # sites: the means, not used here
             return {site: torch.zeros(1, 1) for site in modules}
         run()
