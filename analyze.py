@@ -390,9 +390,9 @@ def draw_pca(plt, lab, found):
 #
 # What the functions are: after one context, a neuron of an MLP or a coordinate of a head's output,
 # at the query's y, is a real function f(x, y) of the query. In the order of u = log x and v = log y
-# it is a sum of characters exp(2 pi i (k u + l v) / m). To multiply x by a number shifts
-# u, and turns a character by a factor: with characters a model can multiply and divide. As f is
-# real, a wave of frequency (k, l) is half that character, half its conjugate: they go in pairs.
+# it is a sum of characters exp(2 pi i (k u + l v) / m). To multiply x by a number shifts u, and
+# turns a character by a factor: with characters a model can multiply and divide. As f is real, a
+# wave of frequency (k, l) is half that character, half its conjugate: they go in pairs.
 def keep_characters(f, order, mask):
     """Functions f (n, p, p) with only those characters that mask (n, m, m) has, and the mean."""
     f, at, mask = f.clone(), (..., order[:, None], order), mask.clone()
@@ -407,7 +407,7 @@ def strongest(f, order, n):
     index = torch.arange(m * m).view(m, m)
     power = (power + conjugate(power)) * (index <= conjugate(index))       # one entry for a pair
     power[:, index == conjugate(index)] /= 2
-    best = power.flatten(1).topk(min(n, m * m // 2), dim=1)
+    best = power.flatten(1).topk(min(n, m * m), dim=1)
     mask = torch.zeros(len(power), m * m, dtype=torch.bool)
     mask = mask.scatter_(1, best.indices, best.values > 0).view_as(power)
     return mask | conjugate(mask)
@@ -423,8 +423,8 @@ def accuracy_with(lab, site, f, tokens, counts):
     return (said[:, -1] == tokens[:, -1]).float().mean().item()
 
 def measure_fourier(lab):
-    """"kept": {"site, group": {n: accuracy_with the n strongest pairs}}; "examples" (2, p, p): of
-    heads' coordinates and of neurons the one that is most nearly one wave of both x and y."""
+    """"kept": {"site, by order": {n: accuracy_with the n strongest pairs}}; "examples" (2, p, p):
+    of heads' coordinates and of neurons that which is most nearly one wave of both x and y."""
     # Which characters are strong is seen in two contexts, and used in the last one.
     context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k // 2)]
     tokens, before, kept = query_grid(*context, lab.p), observe(lab)[0], {}

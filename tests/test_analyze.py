@@ -279,6 +279,8 @@ def test_the_strongest_pairs_of_characters_are_chosen():
         mask = a.strongest((f + height * sign)[None, None], order, 1)[0]
         assert {(k, l) for k, l in mask.nonzero().tolist()} == first
     assert not a.strongest(torch.zeros(1, 1, p, p), order, 3).any()     # of nothing, nothing
+    everything = a.strongest(noise(1, 1, p, p), order, 10 ** 6)         # but the mean
+    assert everything.sum() == 99 and not everything[0, 0, 0]
 
 
 def test_characters_are_kept_and_removed():
