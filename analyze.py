@@ -38,14 +38,10 @@ FETCHED = 0.1                 # attention to an example that counts as fetching 
 NULLS = 100                   # random orders of the residues
 KEPT = (1, 4, 16)             # pairs of characters of each function
 SKILLS = ("copy", "ratio", "regression", "undetermined")
-WHO = ("model", "ratio", "regression", "memory")
+WHO = ("model", "ratio", "regression", "table")
 POSITIONS = {"x": slice(0, None, 3), "y": slice(1, None, 3), "z": slice(2, None, 3)}
+KINDS = ("id_train", "id_test", "test_ood_train", "test_ood_test")
 SETS = ("i.d. train", "i.d. test", "o.o.d. train", "o.o.d. test")    # tasks and inputs
-COLOURS = {"IM": "C7", "IG": "C1", "OM": "C0", "OG": "C2", "?": "C9", "": "white"}      # of phases
-PAPER = {                     # its figure 1b: alpha, and the phases with 8, 16, 32, ..., 512 tasks
-    0.8: "IM IM IG IG IG OG OG", 0.7: "IM IM IG IG IG OG OG", 0.6: "IM IM IM IG IG OG OG",
-    0.5: "IM IM IM IM IG OG OG", 0.4: "IM IM IM IM IG OG OG", 0.3: "IM IM IM IM IM OM OG",
-    0.2: "IM IM IM IM IM OM OM"}
 
 # -------------------- Probes: contexts, all queries after one, what modules read, and changes of it
 
@@ -155,38 +151,48 @@ def table(title, rows, note="", scale=100, digits=1):
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
 
 # ------------------------------------------------------------------ Accuracy over shots (figure 1c)
-# Question: how good is the model at the end of a sequence, and could a memory be as good?
-# Method:   accuracy on {i.d., o.o.d. tasks} x {train, test inputs}, beside oracles and memories.
+# Question: how good is the model at the end of a sequence, and could a table be as good?
+# Method:   accuracy on {i.d., o.o.d. tasks} x {train, test inputs}, beside two oracles and a table.
 # If it matches ratios: it follows "ratio" on all four sets.
-# If it remembers its tasks: it follows a memory, perfect on i.d. tasks, at chance on o.o.d. ones.
-def memory_scores(tokens, tasks, p):
-    """Expected scores (B, k) of a memory of tasks (n, 2): it takes those that fit the most of the
-    examples so far, even if none fits all, and says what most of them say."""
-    if len(tokens) > 16:                                     # in pieces: votes are large
-        return torch.cat([memory_scores(t, tasks, p) for t in tokens.split(16)])
+# If it knows its tasks by heart: above "ratio" on i.d. tasks, at most like the table on others.
+#
+# The table: on a line through the origin a task is one number, the slope z/x, and one example tells
+# it. Who has noted the slopes that the training tasks have on this line answers the query if the
+# slope is one of them, without any arithmetic. If it is a new one, it takes division.
+def known_slopes(tokens, tasks, p):
+    """Which queries of tokens (B, 3k) have a z that one of the tasks (n, 2) has there, too: then
+    the two tasks have one slope on the query's line. Bool (B, k)."""
+    if len(tokens) > 16:                                     # in pieces: (B, k, n) is large
+        return torch.cat([known_slopes(t, tasks, p) for t in tokens.split(16)])
     xy, z = tokens.unflatten(1, (-1, 3)).split([2, 1], dim=-1)                       # (B, k, 2 | 1)
-    said = (g.features(xy, p).float() @ tasks.T.float()).long() % p                  # (B, k, n)
-    fits = F.pad((said == z).int().cumsum(1)[:, :-1], (0, 0, 1, 0))    # examples fitted: (B, k, n)
-    best = (fits == fits.amax(-1, keepdim=True)).float()
-    votes = torch.zeros(*z.shape[:2], p).scatter_add_(2, said, best)
-    top = votes == votes.amax(-1, keepdim=True)                                      # (B, k, p)
-    return top.gather(2, z).squeeze(2) / top.sum(-1)
+    return ((g.features(xy, p).float() @ tasks.T.float()).long() % p == z).any(-1)
 
 def measure_shots(lab):
-    """Accuracy on the four sets, over all and novel queries: {"set, who": (2, k)}."""
-    sets, found = g.eval_sequences(lab.split, "test_ood", 8 * SEQUENCES, lab.k, lab.p, SEED), {}
+    """On each of the four sets: {"set, who": accuracy over all and novel queries, (2, k)}, {"set,
+    slopes": the model's accuracy on all ratio queries of known and of new slopes, (2,)}."""
+    sets, found = g.eval_sequences(lab.split, "test_ood", 16 * SEQUENCES, lab.k, lab.p, SEED), {}
     for name, tokens in sets.items():
-        curves = [g.evaluate(lab.model, tokens.to(lab.device)), *g.oracle_accuracy(tokens, lab.p),
-                  g.accuracy(memory_scores(tokens, lab.split["id"], lab.p), tokens)]
+        said = torch.cat([answers(lab, t, everywhere=False) for t in tokens.split(g.CHUNK)])
+        right, known = said == tokens[:, 2::3], known_slopes(tokens, lab.split["id"], lab.p)
+        in_table = known & g.solvable(tokens, lab.p)[0]
+        curves = [g.accuracy(right, tokens), *g.oracle_accuracy(tokens, lab.p),
+                  g.accuracy(torch.where(in_table, 1.0, 1 / lab.p), tokens)]
         found |= {f"{name}, {who}": curve for who, curve in zip(WHO, curves)}
+        is_ratio = skill_of(tokens, lab.p) == 1
+        found[f"{name}, slopes"] = torch.stack(
+            [right[is_ratio & which].float().mean() for which in (known, ~known)])
     return found
 
+def last_shot(found, name):
+    """Of measure_shots on that set: {who: accuracy on novel queries after the last shot, ...}."""
+    return ({who: found[f"{name}, {who}"][1, -1].item() for who in WHO}
+            | dict(zip(("known slopes", "new slopes"), found[f"{name}, slopes"].tolist())))
+
 def show_shots(lab, found):
-    sets = ("id_train", "id_test", "test_ood_train", "test_ood_test")
-    table(f"Accuracy on novel queries after {lab.k - 1} shots, in %", {name: {
-        who: found[f"{name}, {who}"][1, -1].item() for who in WHO} for name in sets},
-        "a model that matches ratios is near ratio on all sets; memory: the training tasks that "
-        f"fit best; chance {100 / lab.p:.1f}")
+    table(f"Accuracy on novel queries after {lab.k - 1} shots, in %",
+          {name: last_shot(found, name) for name in KINDS},
+          "a model that matches ratios is near ratio on all sets; table: of the training tasks' "
+          f"slopes;\nknown, new slopes: the model on all ratio queries; chance {100 / lab.p:.1f}")
 
 # -------------------------------------------------------------------------------- Skills (figure 5)
 # Question: which queries does it answer?
@@ -223,14 +229,7 @@ def show_skills(lab, found):
           f"chance, {100 / lab.p:.1f}")
 
 def draw_skills(plt, lab, found):
-    fig, (ax, training) = plt.subplots(1, 2, figsize=(9, 3.4))
-    names, styles = ("id_train", "id_test", "val_ood_train", "val_ood_test"), "--C7 C7 --C0 C0"
-    for name, label, style in zip(names, SETS, styles.split()):
-        training.plot([row["step"] for row in lab.history],
-                      [100 * row[name] for row in lab.history], style, label=f"{label} inputs")
-    training.set(title="all queries, o.o.d. on validation tasks", xlabel="training step",
-                 ylabel="accuracy (%)", ylim=(0, 104))
-    training.legend()
+    fig, ax = plt.subplots(figsize=(4.5, 3.4))
     for s, colour in ((0, "C7"), (1, "C1"), (2, "C2")):
         ax.plot(found["shots"], 100 * found["accuracy"][:, s], f".-{colour}", label=SKILLS[s])
     ax.axhline(100 / lab.p, color="black", lw=0.8, ls=":", label="chance")
@@ -252,16 +251,11 @@ def draw_skills(plt, lab, found):
 # Method:   attention from a query's y to examples on its line, as a multiple of an even spread.
 # If a head does: many times even, up to the number of examples for each one on the line.
 # If it doesn't: 1.0, whatever else it looks at.
-def lines(tokens, p):
-    """The line through the origin of each input, (B, k); -1 for (0, 0), which is on all."""
-    xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
-    line = g.line_of(xy.flatten(0, 1), p).view(xy.shape[:2])
-    return line.masked_fill((g.features(xy, p) == 0).all(-1), -1)
-
 def attention_to_line(weights, tokens, p):
     """How many times as much as evenly heads look from a query's y at examples on its line: (H,).
     weights (B, H, k, 3k); over novel queries with some, not all, examples on their line."""
-    line = lines(tokens, p)
+    inputs = tokens.unflatten(1, (-1, 3))[..., :2]                                   # (B, k, 2)
+    line = g.line_of(inputs, p).masked_fill((g.features(inputs, p) == 0).all(-1), -1)    # (B, k)
     same = ((line[:, :, None] == line[:, None]) & (line[:, :, None] >= 0)).tril(-1)  # (B, k, k)
     shots = torch.arange(line.size(1))
     counts = g.novel_queries(tokens) & (same.sum(-1) > 0) & (same.sum(-1) < shots)   # (B, k)
@@ -691,9 +685,9 @@ def draw_votes(plt, lab, found):
 
 # --------------------------------------------------------- Many runs: shares and phases (figure 1b)
 # Question: how does the end of training depend on tasks, inputs, depth and p?
-# Method:   of each run the share, (accuracy - chance) / (Ratio Matching's - chance), and phase.
-# If it matches ratios: 100% on all four sets.
-# If it knows its tasks by heart: over 100% on i.d. tasks; on o.o.d. ones what a memory has, near 0.
+# Method:   each run's share, (accuracy - chance) / (Ratio Matching's - chance), and its phase.
+# If it matches ratios: 100% on all four sets, also where its training tasks are of no help.
+# If it knows its tasks by heart: over 100% on i.d. tasks; on o.o.d. ones what the table has.
 def held_out(runs):
     """{(p, seed): the set of test o.o.d. tasks that all runs of it share}; BadInput if none."""
     common = {}
@@ -706,59 +700,61 @@ def held_out(runs):
                              "in common to be compared on; give fewer of them")
     return common
 
+def share(row, who, p):
+    """How far accuracies {who: ...} have come from chance, 0, to Ratio Matching, 1; nan where that
+    is at chance itself."""
+    possible = row["ratio"] - 1 / p
+    return (row[who] - 1 / p) / possible if possible > 1e-6 else math.nan
+
 def measure_phases(runs):
-    """{run: its config, shares on four sets, phase}, on novel queries; o.o.d. tasks are those that
-    no run of the same p and seed learned from or stopped by."""
+    """{run: its config, share on each set and of the table, accuracy by slope, phase}. The o.o.d.
+    tasks are those that no run of the same p and seed learned from or stopped by."""
     found, common = {}, held_out(runs)
-    for name, (checkpoint, cfg, model) in runs.items():
+    for name, (checkpoint, cfg, model) in bar(runs.items(), "phases"):
         split = checkpoint["split"] | {"test_ood": torch.tensor(sorted(common[cfg.p, cfg.seed]))}
-        sets = g.eval_sequences(split, "test_ood", 16 * SEQUENCES, cfg.examples, cfg.p, SEED)
-        sets = {kind: tokens.to(model.norm.weight.device) for kind, tokens in sets.items()}
-        right, ratio = torch.tensor([
-            (g.evaluate(model, tokens)[1, -1], g.oracle_accuracy(tokens, cfg.p)[0][1, -1])
-            for tokens in sets.values()]).T
-        memory = memory_scores(sets["test_ood_train"].cpu(), split["id"], cfg.p)
-        memory = g.accuracy(memory, sets["test_ood_train"].cpu())[1, -1:]
-        possible = ratio[[0, 1, 2, 3, 2]] - 1 / cfg.p
-        possible[possible < 1e-6] = math.nan                     # Ratio Matching is at chance
-        share = (torch.cat((right, memory)) - 1 / cfg.p) / possible
+        curves = measure_shots(SimpleNamespace(model=model, split=split, p=cfg.p, k=cfg.examples,
+                                               device=model.norm.weight.device))
+        rows = [last_shot(curves, kind) for kind in KINDS]
+        ood_train = rows[KINDS.index("test_ood_train")]
+        words = g.phase([r["model"] for r in rows], [r["ratio"] for r in rows], cfg.p).split()
         found[name] = {k: str(getattr(cfg, k)) for k in "p tasks alpha depth embd seed".split()}
-        found[name] |= dict(zip((*SETS, "memory"), share.tolist()))
-        words = g.phase(right, ratio, cfg.p).split()
-        found[name]["phase"] = "".join(w[0].upper() for w in words) if len(words) == 2 else "?"
+        found[name] |= {kind: share(row, "model", cfg.p) for kind, row in zip(SETS, rows)}
+        found[name] |= {"table": share(ood_train, "table", cfg.p),
+                        **{slopes: ood_train[slopes] for slopes in ("known slopes", "new slopes")},
+                        "phase": "".join(w[0].upper() for w in words) if len(words) == 2 else "?"}
     return found
 
 def show_phases(runs, found):
     table("Share of what Ratio Matching can, in % (0 is chance), on novel queries", found,
-          "memory: the training tasks that fit best, on o.o.d. tasks and train inputs; phase: "
-          "I, O: i.d., o.o.d.; M, G: memorization, generalization; ?: none of these")
+          "table: of the training tasks' slopes; known, new slopes: accuracy on ratio queries; "
+          "these: o.o.d. tasks,\ntrain inputs; phase: I, O: i.d., o.o.d.; M, G: memorization, "
+          "generalization; ?: none of these")
 
 def draw_phases(plt, runs, found):
-    tasks = np.array([int(row["tasks"]) for row in found.values()])
-    kinds = np.array(["p = {p}, depth {depth}".format(**row) for row in found.values()])
-    grids = {kinds[0]: {(n, float(row["alpha"])): row["phase"]
-                        for n, row in zip(tasks.tolist(), found.values())},
-             "the paper: p = 29, depth 6": {(8 * 2 ** i, alpha): name for alpha in PAPER
-                                            for i, name in enumerate(PAPER[alpha].split())}}
-    if len({row["alpha"] for row in found.values()}) > 1:
-        fig, axes = plt.subplots(1, 2, figsize=(8, 2.8))
-        for ax, (title, cells) in zip(axes, grids.items()):
-            columns, rows = (sorted(set(values)) for values in zip(*cells))
-            for at in [(n, alpha) for alpha in rows for n in columns]:   # as text: evenly spaced
-                ax.scatter(*map(str, at), 500, COLOURS[cells.get(at, "")], marker="s")
-                ax.annotate(cells.get(at, ""), tuple(map(str, at)), ha="center", va="center")
-            ax.set(title=title, xlabel="pre-training tasks", ylabel="alpha", xmargin=.1, ymargin=.1)
-        return {"phase_grid.png": fig}
-    fig, panels = plt.subplots(1, len(set(kinds)), sharey=True, squeeze=False, figsize=(10, 3))
-    for ax, kind in zip(panels[0], sorted(set(kinds))):
-        n, i = np.unique(tasks[kinds == kind], return_inverse=True)
-        for name, style in zip((*SETS, "memory"), "oC7-- vC7- oC0-- vC0- +k-".split()):
-            share = np.array([100 * row[name] for row in found.values()])[kinds == kind]
-            ax.semilogx(n[i], share, style.strip("-"), base=2, ms=3)
-            ax.semilogx(n, np.bincount(i, share) / np.bincount(i), style, base=2, label=name)
-        ax.set(title=kind, xlabel="pre-training tasks", xticks=n, xticklabels=n)
-    panels[0, 0].set_ylabel("share of Ratio Matching's (%)")
-    panels[0, -1].legend()
+    kinds = {}                                               # {p, depth, alpha: {tasks: runs}}
+    for name, row in sorted(found.items(), key=lambda item: int(item[1]["tasks"])):
+        kind = kinds.setdefault("p {p}, depth {depth}, alpha {alpha}".format(**row), {})
+        kind.setdefault(int(row["tasks"]), []).append(name)
+    fig, axes = plt.subplots(2, len(kinds), sharey="row", squeeze=False,
+                             figsize=(2 + 3 * len(kinds), 5.5))
+    for (ends, training), (title, kind) in zip(axes.T, kinds.items()):
+        for what, style in zip((*SETS, "table"), "oC7-- vC7- oC0-- vC0- +k-".split()):
+            shares = [[100 * found[name][what] for name in names] for names in kind.values()]
+            ends.semilogx([*kind], [np.mean(s) for s in shares], style, base=2, label=what)
+            for n, values in zip(kind, shares):
+                ends.plot(len(values) * [n], values, style.strip("-"), ms=3)
+        for colour, (n, names) in enumerate(kind.items()):
+            training.plot([], [], f"C{colour}", label=f"{n} tasks")      # for the legend
+            for history in (runs[name][0]["history"] for name in names):
+                for what, style in ("val_ood_train_novel", "-"), ("id_train_novel", ":"):
+                    training.plot([row["step"] for row in history], [100 * row[what] for row in
+                                  history], f"C{colour}{style}", lw=0.8)
+        ends.set(title=title, xlabel="pre-training tasks", xticks=[*kind], xticklabels=[*kind])
+        training.set(xlabel="training step", ylim=(0, 104))
+        training.legend(title="dotted: i.d. tasks", fontsize=6)
+    axes[0, 0].set_ylabel("share of Ratio Matching's (%)")
+    axes[1, 0].set_ylabel("accuracy, novel queries (%)")
+    axes[0, -1].legend()
     return {"phases.png": fig}
 
 # ------------------------------------------------------------------------------------- Command line
@@ -774,9 +770,9 @@ SECTIONS = {                  # of each part, what measures, prints and draws it
     "votes": (measure_votes, show_votes, draw_votes),
     "phases": (measure_phases, show_phases, draw_phases)}                # of many runs
 
-def open_lab(path, device):
-    """What every part needs: a model, its config and split, and where it is from."""
-    file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
+def open_lab(path, device, file="best.pt"):
+    """What every part needs: a model, its config, its split."""
+    file = os.path.join(path, file) if os.path.isdir(path) else path
     device = g.pick_device(device)
     checkpoint, cfg, model = g.load_checkpoint(file, device)
     as_in_the_paper = torch.equal(g.features(g.grid(cfg.p), cfg.p), g.grid(cfg.p))
@@ -785,17 +781,16 @@ def open_lab(path, device):
     return SimpleNamespace(
         model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, observed=None,
         heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
-        parts=[part for part in SECTIONS if possible.get(part, True)],
-        **{name: checkpoint[name] for name in ("split", "step", "history")})
+        parts=[part for part in SECTIONS if possible.get(part, True)], split=checkpoint["split"])
 
-def open_runs(folders, device):
+def open_runs(folders, device, file="best.pt"):
     """{folder: (checkpoint, config, model)} of the runs under the folders, comparable by phases."""
     runs, device = {}, g.pick_device(device)
     for folder in folders or ["out"]:
-        files = sorted(glob.glob(os.path.join(glob.escape(folder), "**/best.pt"), recursive=True))
+        files = sorted(glob.glob(os.path.join(glob.escape(folder), "**", file), recursive=True))
         if not files:
-            raise g.BadInput(f"{folder}: no run (a folder with best.pt) there")
-        runs |= {os.path.dirname(file): g.load_checkpoint(file, device) for file in files}
+            raise g.BadInput(f"{folder}: no run (a folder with {file}) there")
+        runs |= {os.path.dirname(path): g.load_checkpoint(path, device) for path in files}
     held_out(runs)
     return runs
 
@@ -842,10 +837,13 @@ def main(argv=None):
                         help=f"of {', '.join([*SECTIONS][:-1])} [all]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     parser.add_argument("--out", help="folder to write to [the run's; for FILE.pt FILE; else here]")
+    parser.add_argument("--last", action="store_const", const="last.pt", default="best.pt",
+                        dest="file", help="a run's last checkpoint in place of its best")
     try:
         args = parser.parse_intermixed_args(argv)
         phases = args.path == "phases"
-        lab = open_runs(args.parts, args.device) if phases else open_lab(args.path, args.device)
+        lab = (open_runs(args.parts, args.device, args.file) if phases else
+               open_lab(args.path, args.device, args.file))
         parts = ["phases"] if phases else args.parts or lab.parts
         for part in parts:
             if not phases and part not in lab.parts:

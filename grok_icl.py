@@ -120,10 +120,10 @@ def to_tokens(tasks, inputs, p):
     return torch.cat((inputs, z), dim=-1).flatten(1)                                 # (B, 3k)
 
 def line_of(inputs, p):
-    """The line through the origin of each input (n, 2): its features' ratio v/u, or p if u = 0."""
+    """The line through the origin of inputs (..., 2): their features' ratio v/u, or p if u = 0."""
     inverse = torch.tensor([0] + [pow(u, -1, p) for u in range(1, p)], device=inputs.device)
     u, v = features(inputs, p).unbind(-1)
-    return torch.where(u > 0, v * inverse[u] % p, p)                                 # (n,)
+    return torch.where(u > 0, v * inverse[u] % p, p)                                 # (...)
 
 def choose_rectangles(p, n, generator, tries=100):
     """n pre-training tasks by the paper's rectangular rule, (n, 2).
