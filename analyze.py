@@ -256,7 +256,7 @@ def attention_to_line(weights, tokens, p):
     weights (B, H, k, 3k); over novel queries with some, not all, examples on their line."""
     inputs = tokens.unflatten(1, (-1, 3))[..., :2]                                   # (B, k, 2)
     line = g.line_of(inputs, p).masked_fill((g.features(inputs, p) == 0).all(-1), -1)    # (B, k)
-    same = (line[:, :, None] == line[:, None]).tril(-1)          # example on query's line: (B, k, k)
+    same = (line[:, :, None] == line[:, None]).tril(-1)          # (B, query, example)
     shots = torch.arange(line.size(1))
     counts = g.novel_queries(tokens) & (same.sum(-1) > 0) & (same.sum(-1) < shots)   # (B, k)
     weights = weights.unflatten(-1, (-1, 3)).sum(-1).tril(-1)    # to each example: (B, H, k, k)
