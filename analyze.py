@@ -4,6 +4,7 @@ Look inside a model that grok_icl.py trained: which algorithm did it learn, and 
     python analyze.py assets/p29.pt              everything, for one checkpoint
     python analyze.py out/RUN skills pca         some parts, for a run's best checkpoint
     python analyze.py phases out/SWEEP           many runs: how far each comes, and its phase
+    ... --last                                   of runs: their last checkpoint, not their best
 
 One section for each figure of the paper, and some of our own. Each opens with four lines: the
 question; the method; what it shows if the claim is true; and if it isn't (chance, or a rival idea).
@@ -156,9 +157,9 @@ def table(title, rows, note="", scale=100, digits=1):
 # If it matches ratios: it follows "ratio" on all four sets.
 # If it knows its tasks by heart: above "ratio" on i.d. tasks, at most like the table on others.
 #
-# The table: on a line through the origin a task is one number, the slope z/x, and one example tells
-# it. Who has noted the slopes that the training tasks have on this line answers the query if the
-# slope is one of them, without any arithmetic. If it is a new one, it takes division.
+# The table: on a line through the origin a task is one number, the slope z/x (z/y if x is 0), which
+# one example tells. Who has noted the slopes that the training tasks have on each line answers the
+# query if the slope is one of them, without any arithmetic. If it is a new one, it takes division.
 def known_slopes(tokens, tasks, p):
     """Which queries of tokens (B, 3k) have a z that one of the tasks (n, 2) has there, too: then
     the two tasks have one slope on the query's line. Bool (B, k)."""
@@ -184,7 +185,7 @@ def measure_shots(lab):
     return found
 
 def last_shot(found, name):
-    """Of measure_shots on that set: {who: accuracy on novel queries after the last shot, ...}."""
+    """Of measure_shots: {who: accuracy on novel queries after the last shot} on a set, and slopes."""
     return ({who: found[f"{name}, {who}"][1, -1].item() for who in WHO}
             | dict(zip(("known slopes", "new slopes"), found[f"{name}, slopes"].tolist())))
 
@@ -687,7 +688,7 @@ def draw_votes(plt, lab, found):
 # Question: how does the end of training depend on tasks, inputs, depth and p?
 # Method:   each run's share, (accuracy - chance) / (Ratio Matching's - chance), and its phase.
 # If it matches ratios: 100% on all four sets, also where its training tasks are of no help.
-# If it knows its tasks by heart: over 100% on i.d. tasks; on o.o.d. ones what the table has.
+# If it knows its tasks by heart: over 100% on i.d. tasks; on others at most what the table has.
 def held_out(runs):
     """{(p, seed): the set of test o.o.d. tasks that all runs of it share}; BadInput if none."""
     common = {}
