@@ -185,7 +185,7 @@ def measure_shots(lab):
     return found
 
 def last_shot(found, name):
-    """Of measure_shots: {who: accuracy on novel queries after the last shot} on a set, and slopes."""
+    """Of measure_shots, on a set: {who: accuracy on novel queries, last shot}, and by slopes."""
     return ({who: found[f"{name}, {who}"][1, -1].item() for who in WHO}
             | dict(zip(("known slopes", "new slopes"), found[f"{name}, slopes"].tolist())))
 
