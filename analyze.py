@@ -256,6 +256,7 @@ def attention_to_line(weights, tokens, p):
     """How many times as much as evenly heads look from a query's y at examples on its line: (H,).
     weights (B, H, k, 3k); over novel queries with some, not all, examples on their line."""
     inputs = tokens.unflatten(1, (-1, 3))[..., :2]                                   # (B, k, 2)
+    # -1, no line, for (0, 0): it is on all of them, and as an example it is of no use.
     line = g.line_of(inputs, p).masked_fill((g.features(inputs, p) == 0).all(-1), -1)    # (B, k)
     same = (line[:, :, None] == line[:, None]).tril(-1)          # (B, query, example)
     shots = torch.arange(line.size(1))
