@@ -753,10 +753,10 @@ def draw_phases(plt, runs, found):
                                   history], f"C{colour}{style}", lw=0.8)
         ends.set(title=title, xlabel="pre-training tasks", xticks=[*kind], xticklabels=[*kind])
         training.set(xlabel="training step", ylim=(0, 104))
-        training.legend(title="dotted: i.d. tasks", fontsize=6)
+        training.legend(title="dotted: i.d. tasks", loc="upper left", bbox_to_anchor=(1, 1))
     axes[0, 0].set_ylabel("share of Ratio Matching's (%)")
     axes[1, 0].set_ylabel("accuracy, novel queries (%)")
-    axes[0, -1].legend()
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return {"phases.png": fig}
 
 # ------------------------------------------------------------------------------------- Command line
