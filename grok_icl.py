@@ -14,6 +14,7 @@ trained on from the examples in front of it: in-context learning, out of distrib
 
     python grok_icl.py --preset quick            p = 13, 46 seconds on two CPU cores
     python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 2.3 minutes on two CPU cores
+    python grok_icl.py --preset regression       four blocks, which combine two examples
     python grok_icl.py --preset paper            as published; wants a GPU
 """
 import argparse
@@ -38,9 +39,10 @@ from tqdm import tqdm
 class BadInput(ValueError):
     """What the user can mend: main shows it as one line on stderr and returns 2."""
 
-def option(default, paper, help, accepts=None):
-    """A field with its default, the paper's value, and what it accepts: (low, high) or a list."""
-    return field(default=default, metadata=dict(paper=paper, help=help, accepts=accepts))
+def option(default, paper, help, between=None, choices=None):
+    """A field of Config with its default, the paper's value, its text of help, and its limits."""
+    return field(default=default, metadata=dict(paper=paper, help=help, between=between,
+                                                choices=choices))
 
 @dataclass
 class Config:
@@ -56,17 +58,18 @@ class Config:
     embd: int = option(128, 512, "width of the residual stream; the MLP is 4 times it", (2, 16384))
     init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
-    curriculum: int = option(2000, 0, "steps that the curriculum may take; 0: none", (0, 10**9))
-    spread: bool = option(True, False, "on few lines, gaps between examples; spread_positions()")
-    score_y: bool = option(True, False, "while the curriculum has one line, learn y as well")
+    lessons: str = option("auto", "none", "what comes before free sequences; auto: pairs from three "
+                          "blocks on, else lines", choices=["auto", "pairs", "lines", "none"])
     shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
-    optimizer: str = option("muon", "adamw", "updates the blocks' matrices", ["muon", "adamw"])
+    optimizer: str = option("muon", "adamw", "updates the blocks' matrices",
+                            choices=["muon", "adamw"])
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
     lr_end: float = option(0.02, 0.1, "share of the peak rates that is left at the end", (0, 1))
     wd: float = option(0.2, 2.0, "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(64, 1024, "sequences a step, more while they are short", (1, 10**6))
-    steps: int = option(1200, 200_000, "steps with all lines; the rate falls over them", (1, 10**9))
+    steps: int = option(1200, 200_000, "steps after the lessons; the rate falls over them",
+                        (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
     seed: int = option(0, 0, "of the split, the initial weights and the batches", (0, 2**32 - 1))
     # how it is run: what --resume may change
@@ -74,8 +77,10 @@ class Config:
     patience: int = option(0, 0, "evaluations without a best to stop after; 0: never", (0, 10**9))
     snapshots: bool = option(False, False, "keep the weights of each evaluation, step100.pt, ...")
     device: str = option("auto", "auto", "cpu, cuda, mps, ...; auto: cuda if there is one")
-    amp: str = option("auto", "auto", "autocast; auto: if fast", ["auto", "bf16", "fp16", "off"])
-    compile: str = option("auto", "auto", "torch.compile; auto: if it pays", ["auto", "on", "off"])
+    amp: str = option("auto", "auto", "autocast; auto: if fast",
+                      choices=["auto", "bf16", "fp16", "off"])
+    compile: str = option("auto", "auto", "torch.compile; auto: if it pays",
+                          choices=["auto", "on", "off"])
     out: str = option("", "", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, False, "continue the run in --out")
 
@@ -83,26 +88,21 @@ NAMES = [f.name for f in fields(Config)]
 FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
 PRESETS = {                   # in place of the defaults; a flag on the command line outdoes both
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
-    "regression": dict(tasks=640, depth=4, heads=8, embd=256, init_std=.035, batch=128, steps=6000),
+    "regression": dict(tasks=640, depth=4, heads=8, steps=2000),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)}}
 
 MLP_RATIO = 4                 # MLP width / residual width
 ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
 ADAM_BETAS = (0.9, 0.98)
-MASTERED = 0.9                # share of what Ratio Matching can answer that brings more lines
-PACE_EVERY = 10               # steps between looks at that share
+LESSON_STEPS = 2000           # that a lesson may take
+LOOK_EVERY = 10               # steps between looks at whether a lesson is learned
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 2048       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
-STATE = ("split", "step", "history", "lines", "end")         # of a run, beside weights and moments
-COMPILE_PAYS = 20_000         # steps on a GPU, for compiling takes over a minute
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
+COMPILE_PAYS = 20_000         # steps on a GPU, for compiling takes over a minute
 
-def rank_and_world():
-    """(This process's number, how many there are), from torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-# ---------------------------------------------------------- 2. Data: tasks, rule, splits, sequences
+# ---------------------------------------------------------------- 2. Data: tasks, inputs, the split
 
 def grid(p):
     """All p*p pairs of residues, (p*p, 2): the tasks (a, b), and also the inputs (x, y)."""
@@ -125,6 +125,14 @@ def line_of(inputs, p):
     u, v = features(inputs, p).unbind(-1)
     return torch.where(u > 0, v * inverse[u] % p, p)                                 # (...)
 
+def powers(p):
+    """The nonzero residues by discrete logarithm, base**0, base**1, ...: (p - 1,). The base is the
+    least whose powers are all of them, and at p = 29 the paper's, 27."""
+    for base in [27] if p == 29 else range(2, p):
+        row = [pow(base, n, p) for n in range(p - 1)]
+        if len(set(row)) == p - 1:
+            return torch.tensor(row)
+
 def choose_rectangles(p, n, generator, tries=100):
     """n pre-training tasks by the paper's rectangular rule, (n, 2).
 
@@ -134,13 +142,15 @@ def choose_rectangles(p, n, generator, tries=100):
     for a, b in grid(p)[torch.randperm(p * p, generator=generator)].tolist():
         if not free[a, b] or len(tasks) == n:
             continue
-        free[a, b] = False                                   # so c != a and d != b below, too
-        fits = (free[:, b, None] & free[a] & free).nonzero()         # (a', b') with all three free
-        if len(fits) > 0:
-            c, d = fits[torch.randint(len(fits), (1,), generator=generator)].squeeze(0).tolist()
+        free[a, b] = False                            # so that a' is not a, and b' not b
+        # For each (a', b'): are the corners (a', b), (a, b') and (a', b') all free?
+        corners_free = free[:, b].unsqueeze(1) & free[a].unsqueeze(0) & free         # (p, p)
+        choices = corners_free.nonzero()
+        if len(choices) > 0:
+            c, d = choices[torch.randint(len(choices), (1,), generator=generator)].squeeze(0).tolist()
             tasks += [(a, b), (c, b), (a, d), (c, d)]
             free[[c, a, c], [b, d, d]] = False
-    if len(tasks) < n and tries > 0:                         # an unlucky start has blocked itself
+    if len(tasks) < n and tries > 0:                  # an unlucky start has blocked itself
         return choose_rectangles(p, n, generator, tries - 1)
     if len(tasks) < n:
         raise BadInput(f"--tasks {n}: no {n // 4} disjoint rectangles in {p}*{p} tasks; take fewer")
@@ -162,18 +172,6 @@ def make_split(cfg):
     return {"id": tasks, "val_ood": ood[:n_val], "test_ood": ood[n_val:],
             "train_inputs": inputs[:n_train], "test_inputs": inputs[n_train:]}
 
-def eval_sequences(split, ood, n, k, p, seed):
-    """The four sets of the paper as token sequences, {name: (n, 3k)}; ood: "val_ood" or "test_ood".
-
-    Each sequence draws its own inputs; those of a test set, examples too, are test inputs."""
-    sets, generator = {}, torch.Generator().manual_seed(seed)
-    for kind in ("id", ood):
-        for side in ("train", "test"):
-            tasks, inputs = split[kind], split[f"{side}_inputs"]
-            draw = torch.randint(len(inputs), (n, k), generator=generator)
-            sets[f"{kind}_{side}"] = to_tokens(tasks[torch.arange(n) % len(tasks)], inputs[draw], p)
-    return sets
-
 # -------------------------------------------------------------------------- 3. Two exact algorithms
 
 def novel_queries(tokens):
@@ -194,60 +192,44 @@ def solvable(tokens, p):
     origin = (u == 0) & (v == 0)                                                     # (B, k)
     helps = (cross == 0) & (~origin[:, None, :] | origin[:, :, None])
     ratio = helps.tril(-1).any(-1)                               # an example before the query does
-    # Two lines among the examples before t: one of them is off the line of an earlier one. cummax
-    # carries a True on to all later t, and the shift leaves t itself out.
-    off_a_line = (cross != 0).tril(-1).any(-1).cummax(dim=1).values                  # (B, k)
-    two_lines = F.pad(off_a_line[:, :-1], (1, 0))
-    return ratio, ratio | two_lines | origin
-
-def accuracy(hits, tokens):
-    """Mean of hits (B, k), bools or scores, at each shot over all and novel queries: (2, k)."""
-    novel = torch.cat([novel_queries(t) for t in tokens.split(CHUNK)])
-    chosen = torch.stack((torch.ones_like(novel), novel))                            # (2, B, k)
-    return (hits * chosen).sum(1).cpu().double() / chosen.sum(1).cpu()
-
-def oracle_accuracy(tokens, p):
-    """Expected accuracies (2, k) of Ratio Matching and Modular Regression, guessing included."""
-    solved = torch.cat([torch.stack(solvable(t, p)) for t in tokens.split(CHUNK)], dim=1)
-    return [accuracy(torch.where(s, 1.0, 1 / p), tokens) for s in solved]
+    # Two examples on different lines: the later of them is off the line of an earlier one. From
+    # then on (cummax) every later query has both (the shift by one).
+    second = (cross != 0).tril(-1).any(-1)                                           # (B, k)
+    both = F.pad(second.cummax(dim=1).values[:, :-1], (1, 0))
+    return ratio, ratio | both | origin
 
 # ------------------------------------------------------------- 4. Model: a decoder-only transformer
 
-def rotary_tables(length, width):
-    """cos and sin of position * frequency, (length, width / 2): one for each pair of numbers."""
-    frequencies = ROPE_BASE ** (-torch.arange(0, width, 2) / width)
-    angles = torch.outer(torch.arange(length), frequencies)
+EVERY_TOKEN, EACH_Y = slice(None), slice(1, None, 3)     # which tokens of x y z x y z ... ask
+
+def rotary_tables(places, width):
+    """cos and sin of place * frequency, (T, width / 2): one for each pair of a head's numbers."""
+    frequencies = ROPE_BASE ** (-torch.arange(0, width, 2, device=places.device) / width)
+    angles = torch.outer(places, frequencies)
     return angles.cos(), angles.sin()
 
 def rotate(x, cos, sin):
-    """Turn pairs (u, v) of x (..., T, D) by their position's angle: scores depend on distances."""
+    """Turn pairs (u, v) of x (..., T, D) by their place's angle: scores depend on distances."""
     u, v = x.chunk(2, dim=-1)
     return torch.cat((u * cos - v * sin, u * sin + v * cos), dim=-1)
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention. Queries are asked at the tokens `at`, all by default."""
+    """Causal multi-head self-attention: the tokens that ask look at themselves and all before."""
     def __init__(self, cfg):
         super().__init__()
         self.heads = cfg.heads
         self.query, self.key, self.value, self.out = (
             nn.Linear(cfg.embd, cfg.embd, bias=False) for _ in range(4))
         self.softmax = nn.Softmax(dim=-1)      # a module, so that a hook can read the weights
-        length = 3 * cfg.examples
-        cos, sin = rotary_tables(length, cfg.embd // cfg.heads)
-        future = torch.full((length, length), -math.inf).triu(1)
-        for name, table in dict(cos=cos, sin=sin, future=future).items():
-            self.register_buffer(name, table, persistent=False)
 
-    def forward(self, x, positions=None, at=slice(None)):
+    def forward(self, x, cos, sin, asking):
         T = x.size(1)                                                                # x (B, T, C)
-        positions = slice(T) if positions is None else positions[:T]
-        cos, sin = self.cos[positions], self.sin[positions]                          # (T, D / 2)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, H, Q or T, D)
-                   for t in (self.query(x[:, at]), self.key(x), self.value(x)))
-        q, k = rotate(q, cos[at], sin[at]), rotate(k, cos, sin)    # (B, H, Q, D), (B, H, T, D)
+                   for t in (self.query(x[:, asking]), self.key(x), self.value(x)))
+        q, k = rotate(q, cos[asking], sin[asking]), rotate(k, cos, sin)
         scores = (q / math.sqrt(q.size(-1))) @ k.mT                                  # (B, H, Q, T)
-        scores = scores + self.future[:T, :T][at].to(scores.dtype)       # to keep autocast's type
-        heads = self.softmax(scores) @ v                                             # (B, H, Q, D)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)[asking]       # (Q, T)
+        heads = self.softmax(scores.masked_fill(future, -math.inf)) @ v              # (B, H, Q, D)
         return self.out(heads.transpose(1, 2).flatten(2))                            # (B, Q, C)
 
 class MLP(nn.Module):
@@ -267,14 +249,15 @@ class Block(nn.Module):
         self.norm1, self.attention = nn.LayerNorm(cfg.embd), Attention(cfg)
         self.norm2, self.mlp = nn.LayerNorm(cfg.embd), MLP(cfg)
 
-    def forward(self, x, positions=None, at=slice(None)):
-        x = x[:, at] + self.attention(self.norm1(x), positions, at)                  # (B, Q, C)
+    def forward(self, x, cos, sin, asking):
+        x = x[:, asking] + self.attention(self.norm1(x), cos, sin, asking)           # (B, Q, C)
         return x + self.mlp(self.norm2(x))
 
 class GPT(nn.Module):
-    """The paper's transformer, on sequences x y z x y z ... of at most cfg.examples examples."""
+    """The paper's transformer, on sequences x y z x y z ..."""
     def __init__(self, cfg):
         super().__init__()
+        self.head_width = cfg.embd // cfg.heads
         self.embedding = nn.Embedding(cfg.p, cfg.embd)       # its transpose reads out the logits
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embd)
@@ -284,123 +267,161 @@ class GPT(nn.Module):
                 shrink = math.sqrt(2 * cfg.depth) if name.endswith("mlp.down.weight") else 1
                 nn.init.normal_(weight, std=cfg.init_std / shrink)
 
-    def forward(self, tokens, everywhere=False, positions=None):
-        """Logits of each z from the tokens before it: tokens (B, T) -> (B, k, p).
+    def forward(self, tokens, asking=EACH_Y, places=None):
+        """Logits of the token after each that asks in the last block: tokens (B, T) -> (B, Q, p).
 
-        A z is predicted at the y before it, so the last block asks there alone, at 1, 4, 7, ...
-        With everywhere: logits at all tokens, (B, T, p). positions (T,): where the tokens stand."""
+        A z is predicted at the y before it, so by default Q = k, one y in each example. places
+        (T,): where the tokens stand, by default at 0, 1, 2, ..."""
+        if places is None:
+            places = torch.arange(tokens.size(1), device=tokens.device)
+        cos, sin = rotary_tables(places, self.head_width)                            # (T, D / 2)
         x = self.embedding(tokens)                                                   # (B, T, C)
         *others, last = self.blocks
         for block in others:
-            x = block(x, positions)
-        x = last(x, positions, slice(None) if everywhere else slice(1, None, 3))     # (B, k, C)
-        return self.norm(x) @ self.embedding.weight.T                                # (B, k, p)
+            x = block(x, cos, sin, EVERY_TOKEN)                                      # (B, T, C)
+        x = last(x, cos, sin, asking)                                                # (B, Q, C)
+        return self.norm(x) @ self.embedding.weight.T                                # (B, Q, p)
 
-# --------------------------------------------------------------------------- 5. Loss and curriculum
+# ---------------------------------------------------------------------------------------- 5. Lessons
+#
+# Ratio Matching takes two skills: to divide, and to find the example on the query's line. Neither
+# earns anything without the other, so a model waits long for both to come by chance. The lessons
+# of lines begin where one is enough: with all examples on one line any of them will do.
+#
+# Modular Regression is the same trap once more. One example off the query's line says nothing until
+# a second is found too, and a sum of the two is known. The lessons of pairs first put the two in
+# the same place each time: one example on each of the lines l, lg, lg^2, ..., g being a generator
+# of the nonzero residues. What the two preceding examples are worth is then one fixed sum.
 
-def training_loss(model, batch, score_y, positions=None):
+@dataclass
+class Lesson:
+    """A kind of training sequence, and what ends it. To add one, put it in the list below."""
+    name: str
+    lines: int                   # how many lines through the origin the examples lie on
+    examples: int                # in a sequence, if cfg.examples allows
+    order: str = "any"           # any: each example on a random one of the lines; row: one on each
+    #                              of l, lg, lg^2, ...; once: one on each, the lines in random order
+    more: int = 1                # so many times the usual number of sequences
+    gaps: bool = False           # leave gaps between examples, random ones
+    score_y: bool = False        # the loss is of y, too
+    skill: int = 0               # which queries tell: those of (0) Ratio Matching, (1) Regression
+    enough: float = 0.9          # share of them answered right that ends the lesson
+    review: str = ""             # every other step is one of this lesson instead
+    rate: float = 1.0            # share of the peak learning rates
+
+def lessons(cfg):
+    """The lessons of a run, in order. The last one, free sequences, is the paper's training."""
+    p, kind = cfg.p, cfg.lessons
+    if kind == "auto":
+        kind = "pairs" if cfg.depth > 2 and min(p - 1, cfg.examples) > 2 else "lines"
+    free = Lesson("free", p + 1, cfg.examples)
+    lines = [
+        Lesson("1 line", 1, 8, more=2, gaps=True, score_y=True),
+        Lesson("2 lines", 2, 8, more=2, gaps=True),
+        *(Lesson(f"{n} lines", n, 16, more=2) for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
+    pairs = [
+        Lesson("row", min(8, p - 1), 8, "row", skill=1, enough=0.8, rate=0.5),
+        Lesson("row with gaps", min(8, p - 1), 8, "row", gaps=True, skill=1, enough=0.8, rate=0.5),
+        Lesson("each line once", p + 1, p + 1, "once", skill=1, enough=0.5, review="free", rate=0.5)]
+    if kind == "pairs":
+        lines = [replace(lesson, more=1) for lesson in lines]
+        free = replace(free, review="each line once", rate=0.5)
+    return {"none": [free], "lines": [*lines, free], "pairs": [*lines, *pairs, free]}[kind]
+
+def lines_of_examples(lesson, n, k, p, random):
+    """For the orders row and once: the line of each example, (n, k)."""
+    if lesson.order == "once":
+        return torch.rand(n, p + 1, **random).argsort(1)[:, :k]
+    start = torch.randint(p - 1, (n, 1), **random)
+    log = (start + torch.arange(k, device=start.device)) % (p - 1)                   # (n, k)
+    return powers(p).to(start.device)[log]
+
+def training_batch(split, input_lines, lesson, cfg, generator):
+    """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once,
+    and inputs are drawn evenly from those to train on that are on the lesson's lines, with
+    replacement. input_lines (n,) is line_of(split["train_inputs"])."""
+    tasks, inputs, p = split["id"], split["train_inputs"], cfg.p
+    random = dict(generator=generator, device=input_lines.device)
+    k = min(lesson.examples, cfg.examples)
+    B = lesson.more * cfg.batch * (cfg.examples // k)            # more sequences while they are short
+    rounds = math.ceil(B / len(tasks))                           # so often does each task come
+    order = torch.cat([torch.randperm(len(tasks), **random) for _ in range(rounds)])[:B]
+    n = rounds if cfg.shared_inputs else B                       # how many choices of inputs to make
+    if lesson.order != "any":
+        line = lines_of_examples(lesson, n, k, p, random)        # (n, k)
+        allowed = F.one_hot(line.flatten(), p + 1).float()       # (n k, p + 1): each draws one input
+        allowed = allowed.clamp(min=1e-6)                        # a line may have none to train on
+    elif lesson.lines > p:
+        allowed = torch.ones(n, p + 1, device=input_lines.device)
+    else:                                                        # the lines of so many random inputs
+        drawn = torch.randint(len(inputs), (n, lesson.lines), **random)
+        allowed = torch.zeros(n, p + 1, device=input_lines.device)
+        allowed.scatter_(1, input_lines[drawn], 1)
+    weights = allowed[:, input_lines]                            # of each input: (n or n k, inputs)
+    chosen = torch.multinomial(weights, n * k // len(weights), True, generator=generator)
+    chosen = chosen.view(n, k)
+    if cfg.shared_inputs:                                        # one choice for all tasks of a round
+        chosen = chosen.repeat_interleave(len(tasks), 0)[:B]
+    return to_tokens(tasks[order], inputs[chosen], p)                                # (B, 3k)
+
+def places_of_tokens(lesson, k, cfg, generator):
+    """Where the tokens of a step's sequences stand, (3k,): 0, 1, 2, ..., or with gaps.
+
+    Where the preceding example always helps, a model may find it by its distance, and never learn
+    to look for an example by what it says. Gaps forestall that: the k examples, in order, take
+    random places out of 1.5 k, others at each step."""
+    place = torch.arange(k, device=generator.device)
+    if lesson.gaps:
+        n = min(cfg.examples, 3 * k // 2)
+        place = torch.randperm(n, generator=generator, device=generator.device)[:k].sort().values
+    return (3 * place[:, None] + torch.arange(3, device=generator.device)).flatten()       # (3k,)
+
+def training_loss(model, batch, places=None, score_y=False):
     """Cross-entropy of the z in a batch (B, 3k), and their logits (B, k, p); score_y: of y, too.
 
     Scoring y is not in the paper. On one line an example's ratio y/x tells the y of each other x,
     and by this ratio the model later finds the example on the query's line."""
-    logits = model(batch[:, :-1], everywhere=score_y, positions=positions)
-    if not score_y:                                              # logits of z alone, (B, k, p)
-        return F.cross_entropy(logits.flatten(0, 1), batch[:, 2::3].flatten()), logits
+    seen = batch[:, :-1]
+    places = places if places is None else places[:-1]
+    if not score_y:
+        of_z = model(seen, places=places)                                            # (B, k, p)
+        return F.cross_entropy(of_z.flatten(0, 1), batch[:, 2::3].flatten()), of_z
+    logits = model(seen, EVERY_TOKEN, places)                                        # (B, 3k - 1, p)
     of_y, of_z = logits[:, 0::3], logits[:, 1::3]                # read at each x, at each y
     return (F.cross_entropy(of_y.flatten(0, 1), batch[:, 1::3].flatten())
             + F.cross_entropy(of_z.flatten(0, 1), batch[:, 2::3].flatten())), of_z
 
-# The curriculum: at first each sequence keeps to one line. There any example answers any query, so
-# the model learns to divide. On more lines it must also find out which example to use.
+def is_learned(lesson, batch, logits, p):
+    """Whether the logits (B, k, p) get enough of the z in a batch (B, 3k) of this lesson right."""
+    tell = solvable(batch, p)[lesson.skill]
+    right = tell & (logits.argmax(-1) == batch[:, 2::3])
+    right, tell = over_processes(torch.stack((right.sum(), tell.sum())))
+    return bool(right > lesson.enough * tell)
 
-def pace(run, cfg, logits, batch):
-    """Double the number of lines once the present ones are mastered, that is, if in this batch
-    (B, 3k) the logits (B, k, p) get more than MASTERED of the z right that Ratio Matching can
-    answer. With all p + 1 lines the curriculum is over, and the last cfg.steps begin."""
-    can, _ = solvable(batch, cfg.p)
-    right = can & (logits.argmax(-1) == batch[:, 2::3])
-    counts = torch.stack((right.sum(), can.sum()))
-    if dist.is_initialized():                                # each process has a share of the batch
-        dist.all_reduce(counts)
-    if counts[0] > MASTERED * counts[1]:
-        run.lines = min(2 * run.lines, cfg.p + 1)
-        if run.lines > cfg.p:
-            run.end = run.step + cfg.steps
+# ------------------------------------------------------------------------------------- 6. Evaluation
 
-def lr_factor(step, cfg, end):
-    """The learning rate as a share of its peak. It rises over cfg.warmup steps, while the moments
-    of the optimizers are still guesses, stays at its peak until all lines are allowed, and falls
-    like half a cosine over the cfg.steps that end the run."""
-    if step < cfg.warmup:
-        return 0.01 + 0.99 * step / cfg.warmup               # not 0, so that step 0 learns, too
-    begin = max(cfg.warmup, end - cfg.steps)
-    fallen = (1 - math.cos(math.pi * max(0, step - begin) / (end - begin))) / 2        # 0 to 1
-    return 1 - (1 - cfg.lr_end) * fallen
+def eval_sequences(split, ood, n, k, p, seed):
+    """The four sets of the paper as token sequences, {name: (n, 3k)}; ood: "val_ood" or "test_ood".
 
-def step_shape(cfg, lines):
-    """(sequences, examples in each) of a training step. On few lines few examples tell all: 8 up to
-    two lines, 16 until all are allowed. In return there are more sequences, because the curriculum
-    is slow with less than twice the examples of a later step (assets/log.md)."""
-    if lines > cfg.p:
-        return cfg.batch, cfg.examples
-    k = min(cfg.examples, 8 if lines <= 2 else 16)
-    return 2 * cfg.batch * (cfg.examples // k), k
+    Each sequence draws its own inputs; those of a test set, examples too, are test inputs."""
+    sets, generator = {}, torch.Generator().manual_seed(seed)
+    for whose in ("id", ood):
+        for side in ("train", "test"):
+            tasks, inputs = split[whose], split[f"{side}_inputs"]
+            draw = torch.randint(len(inputs), (n, k), generator=generator)
+            sets[f"{whose}_{side}"] = to_tokens(tasks[torch.arange(n) % len(tasks)], inputs[draw], p)
+    return sets
 
-def training_batch(split, input_lines, cfg, lines, generator):
-    """The sequences of a step, tokens (B, 3k), on at most `lines` lines each. In a batch no task
-    comes twice before all came once, and inputs are drawn evenly from those to train on, with
-    replacement. input_lines is line_of(split["train_inputs"]); lines > p means any."""
-    tasks, inputs, random = split["id"], split["train_inputs"], dict(
-        generator=generator, device=input_lines.device)
-    batch, k = step_shape(cfg, lines)
-    rounds = math.ceil(batch / len(tasks))
-    order = torch.cat([torch.randperm(len(tasks), **random) for _ in range(rounds)])[:batch]
-    n = rounds if cfg.shared_inputs else batch               # how many choices of inputs to make
-    allowed = torch.ones(n, cfg.p + 1, device=input_lines.device)    # 1: that line may be used
-    if lines <= cfg.p:                                       # the lines of so many random inputs
-        drawn = torch.randint(len(inputs), (n, lines), **random)
-        allowed = torch.zeros_like(allowed).scatter_(1, input_lines[drawn], 1)
-    weights = allowed[:, input_lines]                        # 1 for an input on them: (n, inputs)
-    chosen = torch.multinomial(weights, k, replacement=True, generator=generator)    # (n, k)
-    if cfg.shared_inputs:
-        chosen = chosen.repeat_interleave(len(tasks), 0)[:batch]
-    return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
+def accuracy(hits, tokens):
+    """Mean of hits (B, k), bools or scores, at each shot over all and novel queries: (2, k)."""
+    novel = torch.cat([novel_queries(t) for t in tokens.split(CHUNK)])
+    chosen = torch.stack((torch.ones_like(novel), novel))                            # (2, B, k)
+    return (hits * chosen).sum(1).cpu().double() / chosen.sum(1).cpu()
 
-def spread_positions(cfg, lines, generator):
-    """Where the tokens of a step's sequences stand, (3k,): 0, 1, 2, ... from four lines on. On one
-    line the preceding example answers every query. A model that finds it by its distance may never
-    learn to look for an example by what it says. So up to two lines the k examples, in order, take
-    random places out of 1.5 k, others at each step."""
-    k = step_shape(cfg, lines)[1]
-    place = torch.arange(k, device=generator.device)
-    if cfg.spread and lines <= 2:
-        places = min(cfg.examples, 3 * k // 2)
-        place = torch.randperm(places, generator=generator, device=generator.device)[:k].sort()[0]
-    return (3 * place[:, None] + torch.arange(3, device=generator.device)).flatten()       # (3k,)
-
-# -------------------------------------------------------------------------------------- 6. Training
-
-def make_optimizers(model, cfg):
-    """Muon for the blocks' matrices (or AdamW, as in the paper), AdamW for the rest; a list.
-
-    Adam scales each number of a gradient by itself; Muon looks at the gradient of a matrix as a
-    whole. Averaged over steps, it is large along a few directions and small along the others. Muon
-    replaces it by the nearest orthogonal matrix, in which all directions are equally large. So a
-    direction that is rarely asked for is learned as fast. LayerNorm's weights do not decay."""
-    embedding = model.embedding.weight
-    matrices = [w for w in model.parameters() if w.ndim == 2 and w is not embedding]
-    groups = [dict(params=[embedding], lr=cfg.embd_lr, weight_decay=cfg.wd),
-              dict(params=[w for w in model.parameters() if w.ndim == 1], lr=cfg.embd_lr,
-                   weight_decay=0.0)]
-    if cfg.optimizer == "adamw":
-        groups.append(dict(params=matrices, lr=cfg.lr, weight_decay=cfg.wd))
-    optimizers = [torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=True)]
-    if cfg.optimizer == "muon":
-        optimizers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.wd))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return optimizers
+def oracle_accuracy(tokens, p):
+    """Expected accuracies (2, k) of Ratio Matching and Modular Regression, guessing included."""
+    solved = torch.cat([torch.stack(solvable(t, p)) for t in tokens.split(CHUNK)], dim=1)
+    return [accuracy(torch.where(s, 1.0, 1 / p), tokens) for s in solved]
 
 @torch.no_grad()
 def evaluate(predict, tokens):
@@ -427,71 +448,179 @@ def best_evaluation(history, chance):
         return len(curve) - 1
     return curve.index(max(curve))
 
-def ended(run, cfg):
-    """Whether training is over: by its steps, the curriculum's limit, or early stopping."""
-    last = run.end if run.lines > cfg.p else cfg.curriculum
+def evaluate_and_save(run, cfg, sets, loss):
+    """Add a row to the run's history and metrics.csv, print it, write last.pt and, if best, best.pt"""
+    lesson = current_lesson(run, cfg)
+    row = {"step": run.step, "loss": loss, "lines": min(lesson.lines, cfg.p + 1)}
+    with run.autocast:                                       # the report will be in float32
+        for name, tokens in sets.items():
+            row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
+    run.history.append(row)
+    if best_evaluation(run.history, 1 / cfg.p) == len(run.history) - 1:
+        save(run, cfg, "best.pt")
+    if cfg.snapshots:
+        save(run, cfg, f"step{run.step}.pt")
+    table = [",".join(map(str, v)) for v in (row.keys(), *(r.values() for r in run.history))]
+    write_file(os.path.join(cfg.out, "metrics.csv"), ("\n".join(table) + "\n").encode())
+    save(run, cfg, "last.pt")
+    tqdm.write("step {step:6d}  loss {loss:.3f}  i.d. {id_train:.2f}/{id_test:.2f}  o.o.d. "
+               "{val_ood_train:.2f}/{val_ood_test:.2f}  ".format(**row) + lesson.name)
+
+def report(run, cfg):
+    """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
+    lesson = current_lesson(run, cfg)
+    if lesson != lessons(cfg)[-1]:
+        print(f'\nThe lesson "{lesson.name}" is not learned at step {run.step}. Try more --tasks or '
+              "another --seed.")
+    best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
+    print(f"\nBest step {best['step']} of {run.step}. Accuracy in % after {cfg.examples - 1} "
+          f"shots, o.o.d. on test tasks; chance is {100 / cfg.p:.1f}\n{'':27}all queries{'':17}"
+          f"novel queries\n{'':27}" + 2 * " model  ratio  regression   ")
+    sets, novel = eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
+                                 cfg.seed + 2), []
+    for name, tokens in sets.items():
+        tokens = tokens.to(run.device)
+        last = torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])[:, :, -1]
+        label = f"{'i.d.' if name[:2] == 'id' else 'o.o.d.'} tasks, {name.split('_')[-1]} inputs"
+        print(f"{label:27}" + (2 * "{:6.1f} {:6.1f} {:10.1f}   ").format(*100 * last.T.flatten()))
+        novel.append(last[:2, 1])                     # of the model and of Ratio Matching
+    print(f"Phase: {phase(*zip(*novel), cfg.p)}")
+
+# --------------------------------------------------------------------------------------- 7. Training
+
+def make_optimizers(model, cfg):
+    """Muon for the blocks' matrices (or AdamW, as in the paper), AdamW for the rest; a list.
+
+    Adam scales each number of a gradient by itself; Muon looks at the gradient of a matrix as a
+    whole. Averaged over steps, it is large along a few directions and small along the others. Muon
+    replaces it by the nearest orthogonal matrix, in which all directions are equally large. So a
+    direction that is rarely asked for is learned as fast. LayerNorm's weights do not decay."""
+    embedding = model.embedding.weight
+    matrices = [w for w in model.parameters() if w.ndim == 2 and w is not embedding]
+    groups = [dict(params=[embedding], lr=cfg.embd_lr, weight_decay=cfg.wd),
+              dict(params=[w for w in model.parameters() if w.ndim == 1], lr=cfg.embd_lr,
+                   weight_decay=0.0)]
+    if cfg.optimizer == "adamw":
+        groups.append(dict(params=matrices, lr=cfg.lr, weight_decay=cfg.wd))
+    optimizers = [torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=True)]
+    if cfg.optimizer == "muon":
+        optimizers.append(torch.optim.Muon(matrices, lr=cfg.lr, weight_decay=cfg.wd))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+def current_lesson(run, cfg):
+    """run.learned lists the step at which each lesson so far was learned."""
+    return lessons(cfg)[len(run.learned)]
+
+def schedule(run, cfg):
+    """(step from which the rate falls, last step) once the lessons are over, else (None, limit)."""
+    began = run.learned[-1] if run.learned else 0
+    if len(run.learned) < len(lessons(cfg)) - 1:
+        return None, began + LESSON_STEPS
+    return max(cfg.warmup, began), began + cfg.steps
+
+def lr_factor(run, cfg):
+    """The learning rate as a share of its peak. It rises over cfg.warmup steps, while the moments
+    of the optimizers are still guesses, is what the lesson says, and falls like half a cosine over
+    the cfg.steps that follow the lessons."""
+    rate, (begin, end) = current_lesson(run, cfg).rate, schedule(run, cfg)
+    if run.step < cfg.warmup:
+        return rate * (0.01 + 0.99 * run.step / cfg.warmup)      # not 0, so that step 0 learns, too
+    if begin is None:
+        return rate
+    fallen = (1 - math.cos(math.pi * (run.step - begin) / (end - begin))) / 2        # 0 to 1
+    return rate * (1 - (1 - cfg.lr_end) * fallen)
+
+def is_over(run, cfg):
+    """Whether training is over: by its steps, a lesson's limit, or early stopping."""
     waited = len(run.history) - 1 - best_evaluation(run.history, 1 / cfg.p) if run.history else 0
-    return run.step >= last or 0 < cfg.patience <= waited
+    return run.step >= schedule(run, cfg)[1] or 0 < cfg.patience <= waited
 
 def train(run, cfg, signals=()):
-    """Train, evaluate now and then, save to cfg.out. Returns whether the run is finished; it isn't
-    if main's handler put a signal into the list signals. Under torchrun each process takes its
-    share of the same batch: N of them do what one would. Rank 0 evaluates, writes and decides."""
-    device, (rank, world) = run.device, rank_and_world()
-    split = {name: pairs.to(device) for name, pairs in run.split.items()}
+    """Train, evaluate now and then, save to cfg.out. Returns whether the run is over; it isn't if
+    main's handler put a signal into the list signals."""
+    course = {lesson.name: lesson for lesson in lessons(cfg)}
+    split = {name: pairs.to(run.device) for name, pairs in run.split.items()}
     input_lines = line_of(split["train_inputs"], cfg.p)
-    sets = {name: tokens.to(device) for name, tokens in eval_sequences(
+    sets = {name: tokens.to(run.device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
-    pays = device.type == "cuda" and cfg.steps >= COMPILE_PAYS
-    compiled = cfg.compile == "on" or (cfg.compile == "auto" and pays)
-    model = torch.compile(run.model) if compiled else run.model
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(model)
-    finished, stopped = ended(run, cfg), False
-    with tqdm(total=run.end, initial=run.step, dynamic_ncols=True, disable=rank > 0) as bar:
-        while not (finished or stopped):
-            factor = lr_factor(run.step, cfg, run.end)
-            for optimizer in run.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-            batch = training_batch(split, input_lines, cfg, run.lines, run.generator)[rank::world]
-            positions = spread_positions(cfg, run.lines, run.generator)              # (3k,)
+    model = prepared(run.model, cfg, run.device)
+    over, stopped = is_over(run, cfg), False
+    with tqdm(initial=run.step, dynamic_ncols=True, disable=rank_and_world()[0] > 0) as bar:
+        while not (over or stopped):
+            lesson = current_lesson(run, cfg)
+            reviews = lesson.review and run.step % 2 == 0
+            today = course[lesson.review] if reviews else lesson
+            batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
+            places = places_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
+            batch = share_of_process(batch)
             with run.autocast:
-                score_y = cfg.score_y and run.lines == 1
-                loss, logits = training_loss(model, batch, score_y, positions)
-            run.scaler.scale(loss).backward()
-            for optimizer in run.optimizers:
-                run.scaler.step(optimizer)
-                optimizer.zero_grad()
-            run.scaler.update()
+                loss, logits = training_loss(model, batch, places, today.score_y)
+            update_weights(run, loss, lr_factor(run, cfg))
             run.step += 1
             bar.update()
-            lines = run.lines
-            if run.step % PACE_EVERY == 0:            # a GPU waits here, so not at every step
+            is_new = False
+            if run.step % LOOK_EVERY == 0:            # a GPU waits here, so not at every step
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-                if lines <= cfg.p:
-                    pace(run, cfg, logits, batch)
-                    bar.total = run.end
-            finished = ended(run, cfg)
-            if finished or lines < run.lines or run.step % cfg.eval_every == 0:
-                if world > 1:
-                    dist.all_reduce(loss := loss.detach() / world)
-                if rank == 0:
-                    evaluate_and_save(run, cfg, sets, loss.item())
-                    bar.write("step {step:6d}  loss {loss:.3f}  lines {lines:2d}  i.d. "
-                              "{id_train:.2f}/{id_test:.2f}  o.o.d. {val_ood_train:.2f}/"
-                              "{val_ood_test:.2f}".format(**run.history[-1]))
-                    finished = ended(run, cfg)        # now by early stopping, too
-            stopped = len(signals) > 0
-            if world > 1:                             # all must leave after the same step
-                decision = [finished, stopped]
-                dist.broadcast_object_list(decision, device=torch.device("cpu"))
-                finished, stopped = decision
-    if not finished:
+                bar.total = schedule(run, cfg)[1]
+                is_new = lesson.name != "free" and is_learned(lesson, batch, logits, cfg.p)
+            if is_new:
+                run.learned.append(run.step)
+            if is_new or is_over(run, cfg) or run.step % cfg.eval_every == 0:
+                evaluate_and_save(run, cfg, sets, mean_over_processes(loss))
+            over, stopped = as_first_process(is_over(run, cfg), len(signals) > 0)
+    if not over:
         save(run, cfg, "last.pt")
-    return finished
+    return over
 
-# --------------------------------------------- 7. The lecture is over: what a running program needs
+# --------------------------------------------- 8. The lecture is over: what a running program needs
+
+# Under torchrun each process takes its share of the same batch, so that N do what one would. The
+# first one evaluates, writes and decides. With one process these functions change nothing.
+
+def rank_and_world():
+    """(This process's number, how many there are), from torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def share_of_process(batch):
+    rank, world = rank_and_world()
+    return batch[rank::world]
+
+def over_processes(counts):
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts
+
+def mean_over_processes(loss):
+    return over_processes(loss.detach() / rank_and_world()[1]).item()
+
+def as_first_process(*decisions):
+    """What the first process decided: all must leave after the same step."""
+    decisions = list(decisions)
+    if dist.is_initialized():
+        dist.broadcast_object_list(decisions, device=torch.device("cpu"))
+    return decisions
+
+def prepared(model, cfg, device):
+    """The model as training calls it: compiled if that pays, and one of several processes'."""
+    pays = device.type == "cuda" and cfg.steps >= COMPILE_PAYS
+    if cfg.compile == "on" or (cfg.compile == "auto" and pays):
+        model = torch.compile(model)
+    return nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+
+def update_weights(run, loss, factor):
+    """A step of the optimizers, at that share of their peak rates. The scaler is float16's."""
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+    run.scaler.scale(loss).backward()
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
+        optimizer.zero_grad()
+    run.scaler.update()
 
 def pick_device(name):
     """The torch.device of that name; auto is CUDA or the CPU. BadInput where it isn't there."""
@@ -513,14 +642,15 @@ def mixed_precision(cfg, device):
     return (torch.autocast(device.type, dtype, enabled=amp != "off"),
             torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
 
-def start(cfg, checkpoint=None):
+STATE = ("split", "step", "learned", "history")      # of a run, beside weights and moments
+
+def make_run(cfg, checkpoint=None):
     """A run's state, new or from a checkpoint; BadInput if that doesn't fit cfg."""
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)
     run = SimpleNamespace(
         split=make_split(cfg), device=device, model=GPT(cfg).to(device),
-        generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[],
-        lines=1 if cfg.curriculum else cfg.p + 1, end=cfg.curriculum + cfg.steps)    # at the latest
+        generator=torch.Generator(device).manual_seed(cfg.seed), step=0, learned=[], history=[])
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast, run.scaler = mixed_precision(cfg, device)
     if not checkpoint:
@@ -538,21 +668,6 @@ def start(cfg, checkpoint=None):
         raise BadInput(f"{cfg.out}/last.pt: doesn't fit its own config ({type(e).__name__})")
     return run
 
-def evaluate_and_save(run, cfg, sets, loss):
-    """Add a row to the run's history and metrics.csv, write last.pt and, if it is best, best.pt."""
-    row = {"step": run.step, "loss": loss, "lines": run.lines}
-    with run.autocast:                                       # the report will be in float32
-        for name, tokens in sets.items():
-            row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
-    run.history.append(row)
-    if best_evaluation(run.history, 1 / cfg.p) == len(run.history) - 1:
-        save(run, cfg, "best.pt")
-    if cfg.snapshots:
-        save(run, cfg, f"step{run.step}.pt")
-    table = [",".join(map(str, v)) for v in (row.keys(), *(r.values() for r in run.history))]
-    write_file(os.path.join(cfg.out, "metrics.csv"), ("\n".join(table) + "\n").encode())
-    save(run, cfg, "last.pt")
-
 def write_file(path, content):
     """Write bytes under another name, then rename: a reader finds the old file or the new one."""
     try:
@@ -566,110 +681,112 @@ def write_file(path, content):
             os.remove(path + ".tmp")
 
 @torch.no_grad()
-def sample(model):
+def sample_logits(model):
     """Logits of one fixed sequence: do rule, code of the model and weights still fit together?"""
     p, device = model.embedding.weight.size(0), model.embedding.weight.device
     tokens = to_tokens(torch.tensor([[1, 2]]), torch.tensor([[[2, 1], [2, 2]]]), p)[:, :-1]
     return model(tokens.to(device)).cpu()                                            # (1, 2, p)
 
+def finite(model):
+    return all(w.isfinite().all() for w in model.parameters())
+
 def save(run, cfg, name):
     """Write all of the run and its config to cfg.out/name, unless a weight isn't finite."""
     if rank_and_world()[0] > 0:
         return
-    if not all(w.isfinite().all() for w in run.model.parameters()):
+    if not finite(run.model):
         raise FloatingPointError(f"at step {run.step} weights not finite; lower --lr or --embd-lr")
     state = {key: getattr(run, key) for key in STATE}
     state |= dict(config=asdict(cfg), model=run.model.state_dict(), device=run.device.type,
                   optimizers=[o.state_dict() for o in run.optimizers],
                   scaler=run.scaler.state_dict(), generator=run.generator.get_state(),
-                  sample=sample(run.model))
+                  sample=sample_logits(run.model))
     torch.save(state, buffer := io.BytesIO())
     write_file(os.path.join(cfg.out, name), buffer.getbuffer())
 
 def load_checkpoint(path, device="cpu"):
-    """(dict, Config, GPT on device) of this program's checkpoint at path. Else BadInput."""
+    """(dict, Config, GPT on device) of this program's checkpoint at path, for evaluation. Settings
+    that it doesn't have, or that are no longer there, are about training. Else BadInput."""
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
-        model = GPT(cfg := Config(**checkpoint["config"]))
+        known = {k: v for k, v in checkpoint["config"].items() if k in NAMES}
+        model = GPT(cfg := Config(**known))
         model.load_state_dict(checkpoint["model"])
-        assert all(w.isfinite().all() for w in model.parameters())
-        assert {*STATE} <= {*checkpoint} and {*NAMES} == {*checkpoint["config"]}
-        assert torch.allclose(sample(model), checkpoint["sample"], rtol=0.01, atol=0.02)
+        whole = finite(model) and {"split", "step", "history"} <= {*checkpoint}
+        fits = torch.allclose(sample_logits(model), checkpoint["sample"], rtol=0.01, atol=0.02)
     except Exception as e:                            # a damaged file can raise anything
         raise BadInput(f"{path}: damaged, or of another version of the code ({type(e).__name__})")
+    if not (whole and fits):
+        raise BadInput(f"{path}: damaged, or of another version of the code")
     return checkpoint, cfg, model.to(device)
-
-def report(run, cfg):
-    """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
-    if run.lines <= cfg.p:
-        print(f"\nThe curriculum is not over at step {run.step}: {run.lines} of {cfg.p + 1} lines. "
-              "Try more --tasks, a longer --curriculum, or another --seed.")
-    best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
-    print(f"\nBest step {best['step']} of {run.step}. Accuracy in % after {cfg.examples - 1} "
-          f"shots, o.o.d. on test tasks; chance is {100 / cfg.p:.1f}\n{'':27}all queries{'':17}"
-          f"novel queries\n{'':27}" + 2 * " model  ratio  regression   ")
-    sets, novel = eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
-                                 cfg.seed + 2), []
-    for name, tokens in sets.items():
-        tokens = tokens.to(run.device)
-        last = torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])[:, :, -1]
-        label = f"{'i.d.' if name[:2] == 'id' else 'o.o.d.'} tasks, {name.split('_')[-1]} inputs"
-        print(f"{label:27}" + (2 * "{:6.1f} {:6.1f} {:10.1f}   ").format(*100 * last.T.flatten()))
-        novel.append(last[:2, 1])                     # of the model and of Ratio Matching
-    print(f"Phase: {phase(*zip(*novel), cfg.p)}")
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
-def parse_config(argv=None):
-    """(config, checkpoint to resume or None) of the command line; BadInput if it can't run."""
+def make_parser():
+    """argparse's parser of the settings. It raises BadInput; flags not typed are left out."""
     def refuse(message):
         raise BadInput(message)
     parser = argparse.ArgumentParser(description="Train on modular arithmetic in context.",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = refuse
     parser.add_argument("--preset", choices=PRESETS, help="; ".join(name + ": " + " ".join(
-        f"{k} {v}" for k, v in PRESETS[name].items()) for name in ("quick", "regression"))
+        f"{k} {v}" for k, v in PRESETS[name].items()) for name in PRESETS if name != "paper")
         + "; paper: all as published")
     for f in fields(Config):
-        paper, accepts = f.metadata["paper"], f.metadata["accepts"]
+        paper = f.metadata["paper"]
         value = f.default if f.default == paper else f"{f.default}; paper: {paper}"
-        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
-                dict(type=f.type, choices=accepts if isinstance(accepts, list) else None))
-        parser.add_argument(flag(f.name), help=f"{f.metadata['help']} [{value}]", **kind)
-    typed = vars(parser.parse_args(argv))
+        how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+               dict(type=f.type, choices=f.metadata["choices"]))
+        parser.add_argument(flag(f.name), help=f"{f.metadata['help']} [{value}]", **how)
+    return parser
+
+def parse_config(argv=None):
+    """(config, checkpoint to resume or None) of the command line; BadInput if it can't run."""
+    typed = vars(make_parser().parse_args(argv))
     preset = typed.pop("preset", "default")
     typed.setdefault("out", os.path.join("out", "-".join(
         [preset, *(f"{name}{typed[name]}" for name in FIXED if name in typed)])))
-    wanted = PRESETS.get(preset, {}) | typed
-    cfg, checkpoint = Config(**wanted), None
-    if cfg.resume:
-        checkpoint, saved, _ = load_checkpoint(os.path.join(cfg.out, "last.pt"))
-        path = os.path.join(cfg.out, "best.pt")       # the closing report will want it
-        best = load_checkpoint(path)[1] if checkpoint["history"] else saved
-        for name in FIXED:
-            new, old = wanted.get(name, getattr(saved, name)), getattr(best, name)
-            if new != old or old != getattr(saved, name):
-                raise BadInput(f"{flag(name)} {new}: the run in {cfg.out} has {old}, which "
-                               "--resume can't change")
+    asked = PRESETS.get(preset, {}) | typed
+    if typed.get("resume"):
+        checkpoint, saved = checkpoint_to_resume(typed["out"], asked)
         cfg = replace(saved, **typed | {"resume": False})
-    elif any(os.path.exists(os.path.join(cfg.out, name))
-             for name in ("last.pt", "best.pt", "metrics.csv")):
-        raise BadInput(f"--out {cfg.out}: holds a run. To go on with it: --resume --out "
-                       f"'{cfg.out}'; to start afresh: another --out, or remove that folder")
-    validate(cfg)
+    else:
+        checkpoint, cfg = None, Config(**asked)
+        if any(os.path.exists(os.path.join(cfg.out, name))
+               for name in ("last.pt", "best.pt", "metrics.csv")):
+            raise BadInput(f"--out {cfg.out}: holds a run. To go on with it: --resume --out "
+                           f"'{cfg.out}'; to start afresh: another --out, or remove that folder")
+    check_settings(cfg)
+    check_devices(cfg)
     return cfg, checkpoint
 
-def validate(cfg):
-    """Raise BadInput, naming flag, value and what is accepted, if the run can't be made."""
+def checkpoint_to_resume(folder, asked):
+    """(last.pt, its config) of the run in a folder. BadInput if best.pt, which the closing report
+    will want, is of another run, or if a setting is asked for that can't change any more."""
+    checkpoint, saved, _ = load_checkpoint(os.path.join(folder, "last.pt"))
+    if {*checkpoint["config"]} != {*NAMES}:
+        raise BadInput(f"{folder}/last.pt: of another version of the code, which has other settings")
+    if checkpoint["history"]:
+        best = asdict(load_checkpoint(os.path.join(folder, "best.pt"))[1])
+        asked = {name: best[name] for name in FIXED} | asked
+    for name in FIXED:
+        has = getattr(saved, name)
+        if asked.get(name, has) != has:
+            raise BadInput(f"{flag(name)} {asked[name]}: the run in {folder} has {has}, which "
+                           "--resume can't change")
+    return checkpoint, saved
+
+def check_settings(cfg):
+    """Raise BadInput, naming flag, value and what is accepted, if no run can have these settings."""
     def need(ok, name, accepted):
         if not ok:
             raise BadInput(f"{flag(name)} {getattr(cfg, name)}: must be {accepted}")
     for f in fields(Config):
-        if isinstance(f.metadata["accepts"], tuple):
-            low, high = f.metadata["accepts"]
+        if f.metadata["between"]:
+            low, high = f.metadata["between"]
             need(low <= getattr(cfg, f.name) <= high, f.name, f"from {low} to {high}")
     p = cfg.p
     need(all(p % d for d in range(2, math.isqrt(p) + 1)), "p", "a prime from 3 to 997")
@@ -679,12 +796,20 @@ def validate(cfg):
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
     need(cfg.embd % (2 * cfg.heads) == 0, "embd",
          f"a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
-    need(cfg.batch % rank_and_world()[1] == 0, "batch", "a multiple of the number of processes")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")
+    need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
+         "auto, lines or none with p or --examples below 4: a pair needs a third example")
+
+def check_devices(cfg):
+    """Raise BadInput if this machine, or this number of processes, can't make the run."""
     gpus = torch.cuda.device_count() if pick_device(cfg.device).type == "cuda" else 0
-    need(gpus > 0 or cfg.amp != "fp16", "amp", "auto, bf16 or off without a CUDA device")
-    need(gpus == 0 or int(os.environ.get("LOCAL_RANK", 0)) < gpus, "device",
-         f"cpu, or torchrun with at most {gpus} processes, one for each GPU")
+    if cfg.batch % rank_and_world()[1]:
+        raise BadInput(f"--batch {cfg.batch}: must be a multiple of the number of processes")
+    if cfg.amp == "fp16" and gpus == 0:
+        raise BadInput("--amp fp16: must be auto, bf16 or off without a CUDA device")
+    if 0 < gpus <= int(os.environ.get("LOCAL_RANK", 0)):
+        raise BadInput(f"--device {cfg.device}: must be cpu, or torchrun with at most {gpus} "
+                       "processes, one for each GPU")
 
 @contextlib.contextmanager
 def noted_signals():
@@ -698,24 +823,28 @@ def noted_signals():
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
+def explain(error, remedy="make --batch, --examples or --embd smaller"):
+    """The line to show for an error that is no bug, or None for a bug."""
+    if isinstance(error, BadInput):
+        return " ".join(str(error).split())
+    if isinstance(error, (OSError, FloatingPointError)):
+        return f"{error}; the files saved before are whole"
+    if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "can't allocate memory" in str(error)):       # torch's error on a CPU
+        return f"out of memory; {remedy}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return "torch.compile fails on this machine; try --compile off"
+
 def complain(error, remedy="make --batch, --examples or --embd smaller"):
-    """One line on stderr, and the exit code, of an error that is no bug. A bug is raised again."""
+    """Print one line on stderr and return the exit code; a bug is raised again."""
     if isinstance(error, BrokenPipeError):            # piped into head, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13                               # as SIGPIPE would end it
-    if isinstance(error, BadInput):
-        message = " ".join(str(error).split())
-    elif isinstance(error, (OSError, FloatingPointError)):
-        message = f"{error}; the files saved before are whole"
-    elif (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-          or "can't allocate memory" in str(error)):  # torch's error on a CPU
-        message = f"out of memory; {remedy}"
-    elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        message = "torch.compile fails on this machine; try --compile off"
-    else:
+    line = explain(error, remedy)
+    if line is None:
         raise error
     if rank_and_world()[0] == 0 or not isinstance(error, BadInput):    # which all ranks have
-        print("error: " + message, file=sys.stderr)
+        print("error: " + line, file=sys.stderr)
     return 2 if isinstance(error, BadInput) else 1
 
 def main(argv=None):
@@ -728,7 +857,7 @@ def main(argv=None):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
             dist.barrier()                            # none may write before all have looked
-        run = start(cfg, checkpoint)
+        run = make_run(cfg, checkpoint)
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")     # only rank 0 prints
         with noted_signals() as signals:
             try:
