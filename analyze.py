@@ -80,8 +80,9 @@ def record(modules, run, at=slice(None)):
 @torch.no_grad()
 def answers(lab, tokens, everywhere=True):
     """The z predicted at each query of tokens (B, 3k): (B, k). everywhere: hooks see all tokens."""
-    logits = lab.model(tokens.to(lab.device), everywhere)
-    return (logits[:, 1::3] if everywhere else logits).argmax(-1).cpu()
+    if everywhere:
+        return lab.model(tokens.to(lab.device), g.EVERY_TOKEN)[:, 1::3].argmax(-1).cpu()
+    return lab.model(tokens.to(lab.device)).argmax(-1).cpu()
 
 def query_grid(task, inputs, p):
     """One context, task (2,) and inputs (n, 2), and after it each query: tokens (p*p, 3n + 3)."""
@@ -113,16 +114,9 @@ def observe(lab):
         lab.observed = at_y, added
     return lab.observed
 
-def powers(p):
-    """The nonzero residues by logarithm, base**0, base**1, ...; at p = 29 the paper's base."""
-    for base in [27] if p == 29 else range(2, p):
-        row = [pow(base, k, p) for k in range(p - 1)]
-        if len({*row}) == p - 1:
-            return torch.tensor(row)
-
 def orders(group, p, n):
     """The residues in a group's order, for x and for y, then n times at random: (n + 1, 2, m)."""
-    true = powers(p) if group == "multiplicative" else torch.arange(p)     # by log, without 0
+    true = g.powers(p) if group == "multiplicative" else torch.arange(p)     # by log, without 0
     draw = torch.rand(n, 2, len(true), generator=torch.Generator().manual_seed(SEED))
     return torch.cat((true.expand(1, 2, -1), true[draw.argsort(-1)]))
 
@@ -362,20 +356,20 @@ def scatter(ax, plane, residue, p, like):
     """Points (n,), coloured by log residue * the frequency of the circle `like`; 0 is black."""
     at, zero = torch.view_as_real(plane), residue == 0
     ax.scatter(*at[zero].T, c="black", s=8)
-    logs, wave = powers(p).argsort()[residue[~zero] - 1], torch.zeros(p - 1, dtype=plane.dtype)
+    logs, wave = g.powers(p).argsort()[residue[~zero] - 1], torch.zeros(p - 1, dtype=plane.dtype)
     k = torch.fft.fft(wave.index_add(0, logs, like[~zero]))[1:].abs().argmax() + 1
     return ax.scatter(*at[~zero].T, c=logs * k % (p - 1), cmap="hsv", s=8, vmin=0, vmax=p - 1)
 
 def draw_pca(plt, lab, found):
     (x, y), (one, two), (plane, double) = g.grid(lab.p).T, found["clearest"], found["planes"]
-    few = torch.isin(x, powers(lab.p)[:3])                       # more would hide each other
+    few = torch.isin(x, g.powers(lab.p)[:3])                       # more would hide each other
     fig, axes = plt.subplots(1, 2, figsize=(9, 4.2))
     for ax, title, points, residue in (
             (axes[0], f"head {one}; colour: x", plane.flatten(), x),
             (axes[1], f"head {two}, three x alone; colour: y", double.flatten()[few], y[few])):
         dots = scatter(ax, points, residue, lab.p, points)
         ax.set(title=title, aspect="equal", xlabel="first component", ylabel="second component")
-    fig.colorbar(dots, ax=axes, label=f"log, base {powers(lab.p)[1]}, times frequency (black: 0)")
+    fig.colorbar(dots, ax=axes, label=f"log, base {g.powers(lab.p)[1]}, times frequency (black: 0)")
     return {"pca.png": fig}
 
 # --------------------------------------------------------------- Fourier analysis of heads and MLPs
@@ -433,7 +427,7 @@ def measure_fourier(lab):
         kept[f"{site}, by {name}"] = {n: accuracy_with(lab, site, keep_characters(
             f, by[name], strongest(before[site], by[name], n)), tokens, counts) for n in KEPT}
         kept[f"{site}, by {name}"]["all"] = accuracy_with(lab, site, f, tokens, counts)
-    order, examples = powers(lab.p), []
+    order, examples = g.powers(lab.p), []
     for kind in ("heads", "neurons"):
         f = torch.cat([f[0] for site, f in before.items() if site.startswith(kind)])  # (N, p, p)
         power = character_power(f, order, order)
@@ -499,7 +493,7 @@ def show_similarity(lab, found):
           "0: the ratio does not matter; 2 would be the most", scale=1, digits=2)
 
 def draw_similarity(plt, lab, found):
-    x, ratio = powers(lab.p).repeat(lab.p - 1), powers(lab.p).repeat_interleave(lab.p - 1)
+    x, ratio = g.powers(lab.p).repeat(lab.p - 1), g.powers(lab.p).repeat_interleave(lab.p - 1)
     inputs = x * lab.p + x * ratio % lab.p
     fig, ax = plt.subplots(figsize=(5.6, 5))
     image = ax.imshow(found["image"][inputs][:, inputs], vmin=-1, vmax=1, cmap="RdBu_r")
@@ -573,7 +567,7 @@ def at_offsets(lab, offsets):
     offsets = F.pad(offsets, (0, 1))                                     # the query's own is 0
     log_ratio = torch.randint(m, (len(offsets), 1), generator=generator) - offsets
     log_x = torch.randint(m, offsets.shape, generator=generator)
-    inputs = powers(lab.p)[torch.stack((log_x, log_x + log_ratio), dim=-1) % m]
+    inputs = g.powers(lab.p)[torch.stack((log_x, log_x + log_ratio), dim=-1) % m]
     chosen = torch.randint(len(tasks), (len(offsets),), generator=generator)
     return g.to_tokens(tasks[chosen], inputs, lab.p)
 

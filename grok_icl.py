@@ -40,13 +40,13 @@ class BadInput(ValueError):
     """What the user can mend: main shows it as one line on stderr and returns 2."""
 
 def option(default, paper, help, between=None, choices=None):
-    """A field of Config with its default, the paper's value, its text of help, and its limits."""
-    return field(default=default, metadata=dict(paper=paper, help=help, between=between,
-                                                choices=choices))
+    """A field of Config: its default, the paper's value, what it is, and its limits or values."""
+    return field(default=default, metadata=dict(
+        paper=paper, help=help, between=between, choices=choices))
 
 @dataclass
 class Config:
-    """The settings of a run. Each field is a flag: its default, the paper's value, what it is."""
+    """The settings of a run. Each field is a flag."""
     # what is learned
     p: int = option(29, 29, "prime modulus; its residues are the vocabulary", (3, 997))
     tasks: int = option(512, 512, "pre-training tasks (a, b), out of p*p", (1, 10**6))
@@ -58,18 +58,16 @@ class Config:
     embd: int = option(128, 512, "width of the residual stream; the MLP is 4 times it", (2, 16384))
     init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
-    lessons: str = option("auto", "none", "what comes before free sequences; auto: pairs from three "
-                          "blocks on, else lines", choices=["auto", "pairs", "lines", "none"])
+    lessons: str = option("auto", "none", "lessons(); auto: pairs from three blocks on, else lines",
+                          choices=["auto", "pairs", "lines", "none"])
     shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
-    optimizer: str = option("muon", "adamw", "updates the blocks' matrices",
-                            choices=["muon", "adamw"])
+    optimizer: str = option("muon", "adamw", "of the blocks' matrices", choices=["muon", "adamw"])
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
     lr_end: float = option(0.02, 0.1, "share of the peak rates that is left at the end", (0, 1))
     wd: float = option(0.2, 2.0, "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(64, 1024, "sequences a step, more while they are short", (1, 10**6))
-    steps: int = option(1200, 200_000, "steps after the lessons; the rate falls over them",
-                        (1, 10**9))
+    steps: int = option(1200, 200_000, "steps after the lessons, the rate falling", (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
     seed: int = option(0, 0, "of the split, the initial weights and the batches", (0, 2**32 - 1))
     # how it is run: what --resume may change
@@ -77,10 +75,8 @@ class Config:
     patience: int = option(0, 0, "evaluations without a best to stop after; 0: never", (0, 10**9))
     snapshots: bool = option(False, False, "keep the weights of each evaluation, step100.pt, ...")
     device: str = option("auto", "auto", "cpu, cuda, mps, ...; auto: cuda if there is one")
-    amp: str = option("auto", "auto", "autocast; auto: if fast",
-                      choices=["auto", "bf16", "fp16", "off"])
-    compile: str = option("auto", "auto", "torch.compile; auto: if it pays",
-                          choices=["auto", "on", "off"])
+    amp: str = option("auto", "auto", "autocast", choices=["auto", "bf16", "fp16", "off"])
+    compile: str = option("auto", "auto", "torch.compile", choices=["auto", "on", "off"])
     out: str = option("", "", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, False, "continue the run in --out")
 
@@ -179,6 +175,8 @@ def novel_queries(tokens):
     xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
     same = (xy[:, :, None] == xy[:, None, :]).all(-1)            # (B, query, example)
     return ~same.tril(-1).any(-1)                                # tril(-1): examples before it
+
+RATIO, REGRESSION = 0, 1      # the order in which the next function returns them
 
 def solvable(tokens, p):
     """What the examples before each query determine, exactly: two bool tensors (B, k).
@@ -304,7 +302,7 @@ class Lesson:
     more: int = 1                # so many times the usual number of sequences
     gaps: bool = False           # leave gaps between examples, random ones
     score_y: bool = False        # the loss is of y, too
-    skill: int = 0               # which queries tell: those of (0) Ratio Matching, (1) Regression
+    skill: int = RATIO           # the algorithm whose queries tell whether it is learned
     enough: float = 0.9          # share of them answered right that ends the lesson
     review: str = ""             # every other step is one of this lesson instead
     rate: float = 1.0            # share of the peak learning rates
@@ -320,9 +318,9 @@ def lessons(cfg):
         Lesson("2 lines", 2, 8, more=2, gaps=True),
         *(Lesson(f"{n} lines", n, 16, more=2) for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
     pairs = [
-        Lesson("row", min(8, p - 1), 8, "row", skill=1, enough=0.8, rate=0.5),
-        Lesson("row with gaps", min(8, p - 1), 8, "row", gaps=True, skill=1, enough=0.8, rate=0.5),
-        Lesson("each line once", p + 1, p + 1, "once", skill=1, enough=0.5, review="free", rate=0.5)]
+        Lesson("row", min(8, p - 1), 8, "row", skill=REGRESSION, enough=0.8, rate=0.5),
+        Lesson("row with gaps", min(8, p - 1), 8, "row", gaps=True, skill=REGRESSION, enough=0.8, rate=0.5),
+        Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, enough=0.5, review="free", rate=0.5)]
     if kind == "pairs":
         lines = [replace(lesson, more=1) for lesson in lines]
         free = replace(free, review="each line once", rate=0.5)
@@ -336,14 +334,18 @@ def lines_of_examples(lesson, n, k, p, random):
     log = (start + torch.arange(k, device=start.device)) % (p - 1)                   # (n, k)
     return powers(p).to(start.device)[log]
 
+def batch_shape(lesson, cfg):
+    """(sequences, examples in each) of a step; more sequences while they are short."""
+    k = min(lesson.examples, cfg.examples)
+    return lesson.more * cfg.batch * (cfg.examples // k), k
+
 def training_batch(split, input_lines, lesson, cfg, generator):
     """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once,
     and inputs are drawn evenly from those to train on that are on the lesson's lines, with
     replacement. input_lines (n,) is line_of(split["train_inputs"])."""
     tasks, inputs, p = split["id"], split["train_inputs"], cfg.p
     random = dict(generator=generator, device=input_lines.device)
-    k = min(lesson.examples, cfg.examples)
-    B = lesson.more * cfg.batch * (cfg.examples // k)            # more sequences while they are short
+    B, k = batch_shape(lesson, cfg)
     rounds = math.ceil(B / len(tasks))                           # so often does each task come
     order = torch.cat([torch.randperm(len(tasks), **random) for _ in range(rounds)])[:B]
     n = rounds if cfg.shared_inputs else B                       # how many choices of inputs to make
@@ -365,31 +367,28 @@ def training_batch(split, input_lines, lesson, cfg, generator):
     return to_tokens(tasks[order], inputs[chosen], p)                                # (B, 3k)
 
 def places_of_tokens(lesson, k, cfg, generator):
-    """Where the tokens of a step's sequences stand, (3k,): 0, 1, 2, ..., or with gaps.
+    """Where a model sees the tokens of k examples, (3k - 1,): at 0, 1, 2, ..., or with gaps.
 
     Where the preceding example always helps, a model may find it by its distance, and never learn
-    to look for an example by what it says. Gaps forestall that: the k examples, in order, take
-    random places out of 1.5 k, others at each step."""
+    to look for an example by what it says. With gaps the k examples, in order, take random places
+    out of 1.5 k, others at each step. The last z is not shown."""
     place = torch.arange(k, device=generator.device)
     if lesson.gaps:
         n = min(cfg.examples, 3 * k // 2)
         place = torch.randperm(n, generator=generator, device=generator.device)[:k].sort().values
-    return (3 * place[:, None] + torch.arange(3, device=generator.device)).flatten()       # (3k,)
+    return (3 * place[:, None] + torch.arange(3, device=place.device)).flatten()[:-1]
 
 def training_loss(model, batch, places=None, score_y=False):
     """Cross-entropy of the z in a batch (B, 3k), and their logits (B, k, p); score_y: of y, too.
 
     Scoring y is not in the paper. On one line an example's ratio y/x tells the y of each other x,
     and by this ratio the model later finds the example on the query's line."""
-    seen = batch[:, :-1]
-    places = places if places is None else places[:-1]
-    if not score_y:
-        of_z = model(seen, places=places)                                            # (B, k, p)
-        return F.cross_entropy(of_z.flatten(0, 1), batch[:, 2::3].flatten()), of_z
-    logits = model(seen, EVERY_TOKEN, places)                                        # (B, 3k - 1, p)
-    of_y, of_z = logits[:, 0::3], logits[:, 1::3]                # read at each x, at each y
-    return (F.cross_entropy(of_y.flatten(0, 1), batch[:, 1::3].flatten())
-            + F.cross_entropy(of_z.flatten(0, 1), batch[:, 2::3].flatten())), of_z
+    logits = model(batch[:, :-1], EVERY_TOKEN if score_y else EACH_Y, places)
+    of_z = logits[:, 1::3] if score_y else logits                                    # (B, k, p)
+    loss = F.cross_entropy(of_z.flatten(0, 1), batch[:, 2::3].flatten())
+    if score_y:                                                  # it is predicted at each x
+        loss = loss + F.cross_entropy(logits[:, 0::3].flatten(0, 1), batch[:, 1::3].flatten())
+    return loss, of_z
 
 def is_learned(lesson, batch, logits, p):
     """Whether the logits (B, k, p) get enough of the z in a batch (B, 3k) of this lesson right."""
@@ -546,16 +545,16 @@ def train(run, cfg, signals=()):
     input_lines = line_of(split["train_inputs"], cfg.p)
     sets = {name: tokens.to(run.device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
-    model = prepared(run.model, cfg, run.device)
+    model, (rank, world) = prepared(run.model, cfg, run.device), rank_and_world()
     over, stopped = is_over(run, cfg), False
-    with tqdm(initial=run.step, dynamic_ncols=True, disable=rank_and_world()[0] > 0) as bar:
+    with tqdm(initial=run.step, dynamic_ncols=True, disable=rank > 0) as bar:
         while not (over or stopped):
             lesson = current_lesson(run, cfg)
             reviews = lesson.review and run.step % 2 == 0
             today = course[lesson.review] if reviews else lesson
             batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
             places = places_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
-            batch = share_of_process(batch)
+            batch = batch[rank::world]                # under torchrun; else all of it
             with run.autocast:
                 loss, logits = training_loss(model, batch, places, today.score_y)
             update_weights(run, loss, lr_factor(run, cfg))
@@ -569,40 +568,33 @@ def train(run, cfg, signals=()):
             if is_new:
                 run.learned.append(run.step)
             if is_new or is_over(run, cfg) or run.step % cfg.eval_every == 0:
-                evaluate_and_save(run, cfg, sets, mean_over_processes(loss))
-            over, stopped = as_first_process(is_over(run, cfg), len(signals) > 0)
+                evaluate_and_save(run, cfg, sets, over_processes(loss.detach() / world).item())
+            votes = torch.tensor([is_over(run, cfg), len(signals) > 0]).int()
+            over, stopped = (over_processes(votes) > 0).tolist()     # all leave after the same step
     if not over:
         save(run, cfg, "last.pt")
     return over
 
 # --------------------------------------------- 8. The lecture is over: what a running program needs
 
-# Under torchrun each process takes its share of the same batch, so that N do what one would. The
-# first one evaluates, writes and decides. With one process these functions change nothing.
+@contextlib.contextmanager
+def refusing(what):
+    """Whatever fails inside is a BadInput: a device, or a damaged file, can raise anything."""
+    try:
+        yield
+    except Exception as e:
+        raise BadInput(f"{what} ({type(e).__name__}: {str(e)[:80]})")
 
 def rank_and_world():
-    """(This process's number, how many there are), from torchrun."""
+    """(This process's number, how many there are), from torchrun. Each process takes its share of
+    the same batch, so that N do what one would; the first one alone writes and prints."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def share_of_process(batch):
-    rank, world = rank_and_world()
-    return batch[rank::world]
-
-def over_processes(counts):
+def over_processes(numbers):
     """The sum of a tensor over all processes."""
     if dist.is_initialized():
-        dist.all_reduce(counts)
-    return counts
-
-def mean_over_processes(loss):
-    return over_processes(loss.detach() / rank_and_world()[1]).item()
-
-def as_first_process(*decisions):
-    """What the first process decided: all must leave after the same step."""
-    decisions = list(decisions)
-    if dist.is_initialized():
-        dist.broadcast_object_list(decisions, device=torch.device("cpu"))
-    return decisions
+        dist.all_reduce(numbers)
+    return numbers
 
 def prepared(model, cfg, device):
     """The model as training calls it: compiled if that pays, and one of several processes'."""
@@ -624,12 +616,12 @@ def update_weights(run, loss, factor):
 
 def pick_device(name):
     """The torch.device of that name; auto is CUDA or the CPU. BadInput where it isn't there."""
-    try:
+    with refusing(f"--device {name or repr(name)}: not usable here, try auto or cpu"):
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        if name == "cuda" and rank_and_world()[1] > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))     # one GPU for each process
         torch.zeros(1, device=name).item()
         return torch.device(name)
-    except Exception as e:                                   # what is raised depends on the device
-        raise BadInput(f"--device {name or repr(name)}: not usable here, try auto or cpu ({e})")
 
 def mixed_precision(cfg, device):
     """(autocast context, GradScaler): float16 alone needs its loss scaled, against underflow."""
@@ -653,19 +645,16 @@ def make_run(cfg, checkpoint=None):
         generator=torch.Generator(device).manual_seed(cfg.seed), step=0, learned=[], history=[])
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast, run.scaler = mixed_precision(cfg, device)
-    if not checkpoint:
-        return run
-    try:
-        vars(run).update({name: checkpoint[name] for name in STATE})
-        run.model.load_state_dict(checkpoint["model"])
-        for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if checkpoint["scaler"]:
-            run.scaler.load_state_dict(checkpoint["scaler"])
-        if checkpoint["device"] == device.type:              # else the random numbers differ anyway
-            run.generator.set_state(checkpoint["generator"])
-    except Exception as e:                                   # a damaged file can raise anything
-        raise BadInput(f"{cfg.out}/last.pt: doesn't fit its own config ({type(e).__name__})")
+    if checkpoint:
+        with refusing(f"{cfg.out}/last.pt: doesn't fit its own config"):
+            vars(run).update({name: checkpoint[name] for name in STATE})
+            run.model.load_state_dict(checkpoint["model"])
+            for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            if checkpoint["scaler"]:
+                run.scaler.load_state_dict(checkpoint["scaler"])
+            if checkpoint["device"] == device.type:          # else the random numbers differ anyway
+                run.generator.set_state(checkpoint["generator"])
     return run
 
 def write_file(path, content):
@@ -687,14 +676,11 @@ def sample_logits(model):
     tokens = to_tokens(torch.tensor([[1, 2]]), torch.tensor([[[2, 1], [2, 2]]]), p)[:, :-1]
     return model(tokens.to(device)).cpu()                                            # (1, 2, p)
 
-def finite(model):
-    return all(w.isfinite().all() for w in model.parameters())
-
 def save(run, cfg, name):
     """Write all of the run and its config to cfg.out/name, unless a weight isn't finite."""
     if rank_and_world()[0] > 0:
         return
-    if not finite(run.model):
+    if not all(w.isfinite().all() for w in run.model.parameters()):
         raise FloatingPointError(f"at step {run.step} weights not finite; lower --lr or --embd-lr")
     state = {key: getattr(run, key) for key in STATE}
     state |= dict(config=asdict(cfg), model=run.model.state_dict(), device=run.device.type,
@@ -709,17 +695,13 @@ def load_checkpoint(path, device="cpu"):
     that it doesn't have, or that are no longer there, are about training. Else BadInput."""
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such file")
-    try:
+    with refusing(f"{path}: damaged, or of another version of the code"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         known = {k: v for k, v in checkpoint["config"].items() if k in NAMES}
         model = GPT(cfg := Config(**known))
         model.load_state_dict(checkpoint["model"])
-        whole = finite(model) and {"split", "step", "history"} <= {*checkpoint}
-        fits = torch.allclose(sample_logits(model), checkpoint["sample"], rtol=0.01, atol=0.02)
-    except Exception as e:                            # a damaged file can raise anything
-        raise BadInput(f"{path}: damaged, or of another version of the code ({type(e).__name__})")
-    if not (whole and fits):
-        raise BadInput(f"{path}: damaged, or of another version of the code")
+        torch.testing.assert_close(sample_logits(model), checkpoint["sample"], rtol=0.01, atol=0.02)
+        checkpoint["split"], checkpoint["step"], checkpoint["history"]       # KeyError without
     return checkpoint, cfg, model.to(device)
 
 def flag(name):
@@ -732,9 +714,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description="Train on modular arithmetic in context.",
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = refuse
-    parser.add_argument("--preset", choices=PRESETS, help="; ".join(name + ": " + " ".join(
-        f"{k} {v}" for k, v in PRESETS[name].items()) for name in PRESETS if name != "paper")
-        + "; paper: all as published")
+    parser.add_argument("--preset", choices=PRESETS, help="settings that go together: PRESETS")
     for f in fields(Config):
         paper = f.metadata["paper"]
         value = f.default if f.default == paper else f"{f.default}; paper: {paper}"
@@ -760,7 +740,7 @@ def parse_config(argv=None):
             raise BadInput(f"--out {cfg.out}: holds a run. To go on with it: --resume --out "
                            f"'{cfg.out}'; to start afresh: another --out, or remove that folder")
     check_settings(cfg)
-    check_devices(cfg)
+    pick_device(cfg.device)
     return cfg, checkpoint
 
 def checkpoint_to_resume(folder, asked):
@@ -796,20 +776,10 @@ def check_settings(cfg):
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
     need(cfg.embd % (2 * cfg.heads) == 0, "embd",
          f"a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
+    need(cfg.batch % rank_and_world()[1] == 0, "batch", "a multiple of the number of processes")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")
     need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
          "auto, lines or none with p or --examples below 4: a pair needs a third example")
-
-def check_devices(cfg):
-    """Raise BadInput if this machine, or this number of processes, can't make the run."""
-    gpus = torch.cuda.device_count() if pick_device(cfg.device).type == "cuda" else 0
-    if cfg.batch % rank_and_world()[1]:
-        raise BadInput(f"--batch {cfg.batch}: must be a multiple of the number of processes")
-    if cfg.amp == "fp16" and gpus == 0:
-        raise BadInput("--amp fp16: must be auto, bf16 or off without a CUDA device")
-    if 0 < gpus <= int(os.environ.get("LOCAL_RANK", 0)):
-        raise BadInput(f"--device {cfg.device}: must be cpu, or torchrun with at most {gpus} "
-                       "processes, one for each GPU")
 
 @contextlib.contextmanager
 def noted_signals():
@@ -823,29 +793,29 @@ def noted_signals():
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
-def explain(error, remedy="make --batch, --examples or --embd smaller"):
-    """The line to show for an error that is no bug, or None for a bug."""
+def explain(error, remedy):
+    """(exit code, line for stderr) of an error that is no bug. A bug is raised again."""
+    if isinstance(error, BrokenPipeError):            # piped into head, which has seen enough
+        return 128 + 13, ""                           # as SIGPIPE would end it
     if isinstance(error, BadInput):
-        return " ".join(str(error).split())
+        return 2, " ".join(str(error).split())
     if isinstance(error, (OSError, FloatingPointError)):
-        return f"{error}; the files saved before are whole"
+        return 1, f"{error}; the files saved before are whole"
     if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
             or "can't allocate memory" in str(error)):       # torch's error on a CPU
-        return f"out of memory; {remedy}"
+        return 1, f"out of memory; {remedy}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return "torch.compile fails on this machine; try --compile off"
+        return 1, "torch.compile fails on this machine; try --compile off"
+    raise error
 
 def complain(error, remedy="make --batch, --examples or --embd smaller"):
-    """Print one line on stderr and return the exit code; a bug is raised again."""
-    if isinstance(error, BrokenPipeError):            # piped into head, which has seen enough
+    """Print what explain says and return the exit code."""
+    code, line = explain(error, remedy)
+    if not line:                                      # nothing more can be written to the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13                               # as SIGPIPE would end it
-    line = explain(error, remedy)
-    if line is None:
-        raise error
-    if rank_and_world()[0] == 0 or not isinstance(error, BadInput):    # which all ranks have
+    elif rank_and_world()[0] == 0 or code == 1:       # bad input is the same to all processes
         print("error: " + line, file=sys.stderr)
-    return 2 if isinstance(error, BadInput) else 1
+    return code
 
 def main(argv=None):
     """Parse, train, report. Returns the exit code or None; what goes wrong is a line on stderr."""
@@ -853,18 +823,14 @@ def main(argv=None):
     try:
         cfg, checkpoint = parse_config(argv)
         if world > 1:
-            if pick_device(cfg.device).type == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
             dist.barrier()                            # none may write before all have looked
         run = make_run(cfg, checkpoint)
         sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")     # only rank 0 prints
         with noted_signals() as signals:
-            try:
+            with refusing(f"--out {cfg.out}: can't be written"):
                 os.makedirs(cfg.out, exist_ok=True)
                 save(run, cfg, "last.pt")             # so that whatever is found can be resumed
-            except OSError as e:
-                raise BadInput(f"--out {cfg.out}: {e}")
             print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, seed "
                   f"{cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
             finished = train(run, cfg, signals)

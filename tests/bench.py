@@ -6,7 +6,7 @@ How fast is a training step, and what are its parts worth?
     python tests/bench.py --preset paper --tasks 64 --batch 64 --authors DIR
     python tests/bench.py --run out/quick                       the operations of a whole run
 
-Takes the flags of grok_icl.py and trains some steps past the curriculum, without writing. Variants
+Takes the flags of grok_icl.py and trains some steps past the lessons, without writing. Variants
 take turns, step by step, so that a busy machine is busy for all. Run by hand, not by pytest. DIR is
 a copy of https://github.com/ablghtianyi/ICL_Modular_Arithmetic (needs pandas, schedulefree and
 rotary_embedding_torch): its data loader, model, loss and metrics run in its own training loop.
@@ -39,29 +39,30 @@ def operations(cfg, batch, k, everywhere=False):
 
 
 def operations_of_run(folder):
-    """Those of all training steps of a run, from the rows of its history: one at each growth of
-    the curriculum."""
+    """Those of all training steps of a run, lesson by lesson, reviews (every other step) included."""
     checkpoint, cfg, _ = g.load_checkpoint(os.path.join(folder, "last.pt"))
-    total, step, lines = 0, 0, 1 if cfg.curriculum else cfg.p + 1
-    for row in checkpoint["history"]:
-        each = operations(cfg, *g.step_shape(cfg, lines), cfg.score_y and lines == 1)
-        total += each * (row["step"] - step)
-        step, lines = row["step"], row["lines"]
+    course, total, first = g.lessons(cfg), 0, 0
+    each = {lesson.name: operations(cfg, *g.batch_shape(lesson, cfg), lesson.score_y)
+            for lesson in course}
+    for lesson, last in zip(course, [*checkpoint["learned"], checkpoint["step"]]):
+        for step in range(first, last):
+            total += each[lesson.review if lesson.review and step % 2 == 0 else lesson.name]
+        first = last
     return total
 
 
 class FusedAttention(g.Attention):
     """The same with torch's fused kernel in place of q.k, mask, softmax and weighted sum."""
 
-    def forward(self, x, positions=None, at=slice(None)):
+    def forward(self, x, cos, sin, asking):
         T = x.size(1)
-        positions = slice(T) if positions is None else positions[:T]
-        cos, sin = self.cos[positions], self.sin[positions]
         q, k, v = (linear(inputs).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for linear, inputs in ((self.query, x[:, at]), (self.key, x), (self.value, x)))
-        q, k = g.rotate(q, cos[at], sin[at]).to(v.dtype), g.rotate(k, cos, sin).to(v.dtype)
-        mask = self.future[:T, :T][at].to(v.dtype)
-        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                   for linear, inputs in ((self.query, x[:, asking]), (self.key, x),
+                                          (self.value, x)))
+        q = g.rotate(q, cos[asking], sin[asking]).to(v.dtype)
+        k = g.rotate(k, cos, sin).to(v.dtype)
+        past = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()[asking]
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=past)
         return self.out(heads.transpose(1, 2).flatten(2))
 
 
@@ -73,12 +74,12 @@ def with_fused_attention(model):
 
 
 def z_loss(model, tokens):
-    return g.training_loss(model, tokens, score_y=False)[0]
+    return g.training_loss(model, tokens)[0]
 
 
 def everywhere_loss(model, tokens):
     """The same with the last block computed at all positions."""
-    logits = model(tokens[:, :-1], everywhere=True)[:, 1::3]
+    logits = model(tokens[:, :-1], g.EVERY_TOKEN)[:, 1::3]
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 2::3].flatten())
 
 
@@ -86,7 +87,7 @@ class Stepper:
     """A run of its own that trains step by step."""
 
     def __init__(self, cfg, change=lambda model: model, loss=z_loss, compiled=False, autocast=True):
-        self.cfg, self.run, self.loss = cfg, g.start(cfg), loss
+        self.cfg, self.run, self.loss = cfg, g.make_run(cfg), loss
         self.device = self.run.device
         self.run.model = change(self.run.model)
         self.run.optimizers = g.make_optimizers(self.run.model, cfg)
@@ -103,7 +104,8 @@ class Stepper:
 
     def step(self):
         run = self.run
-        batch = g.training_batch(self.split, self.line, self.cfg, self.cfg.p + 1, run.generator)
+        batch = g.training_batch(self.split, self.line, g.lessons(self.cfg)[-1], self.cfg,
+                                 run.generator)
         with self.autocast:
             loss = self.loss(self.model, batch)
         run.scaler.scale(loss).backward()
@@ -205,9 +207,9 @@ def main():
     trained = seconds.pop("as trained")
     print(f"step, {cfg.examples} examples: {spread([1e3 * s for s in trained])} ms, "
           f"{operations(cfg, batch, cfg.examples) / statistics.median(trained) / 1e9:,.0f} GFLOP/s")
-    shapes = {lines: g.step_shape(cfg, lines) for lines in (1, 4, cfg.p + 1)}
-    print("operations of a step with 1, 4, all lines: " + ", ".join(
-        f"{operations(cfg, *shape, cfg.score_y and n == 1):.3g}" for n, shape in shapes.items()))
+    each = {lesson.name: operations(cfg, *g.batch_shape(lesson, cfg), lesson.score_y)
+            for lesson in g.lessons(cfg)}
+    print("operations of a step: " + ", ".join(f"{n:.3g} ({name})" for name, n in each.items()))
     print("time of a step, as a multiple of the step as trained: median (lowest to highest)")
     for name, values in seconds.items():
         print(f"  {name:30} {spread([v / t for v, t in zip(values, trained)])}")

@@ -29,7 +29,7 @@ GROUPS = ("multiplicative", "additive")
 
 def config(**changes):
     return g.Config(**{**dict(p=7, tasks=12, examples=6, depth=2, heads=2, embd=16, init_std=0.3,
-                              lr=0.01, wd=0.1, batch=16, curriculum=4, steps=4, warmup=1,
+                              lr=0.01, wd=0.1, batch=16, lessons="none", steps=4, warmup=1,
                               eval_every=2, device="cpu", amp="off"), **changes})
 
 
@@ -52,7 +52,7 @@ def noise(*shape, seed=0):
 
 def log(x, p):
     """Discrete logarithm by trial; 0 for 0."""
-    base = a.powers(p)[1].item()
+    base = g.powers(p)[1].item()
     return torch.tensor([next((k for k in range(p - 1) if pow(base, k, p) == v), 0)
                          for v in x.flatten().tolist()]).view(x.shape)
 
@@ -84,7 +84,7 @@ def test_what_is_observed_is_what_sequences_alone_show():
     assert a.observe(lab)[0] is seen                             # computed once
     for n, context in enumerate(zip(*a.contexts(lab, "test_ood", a.CONTEXTS, lab.k - 1))):
         tokens = a.query_grid(*context, 7)
-        alone = a.record(a.sites(lab.model), lambda: lab.model(tokens, everywhere=True))
+        alone = a.record(a.sites(lab.model), lambda: lab.model(tokens, g.EVERY_TOKEN))
         for i, block in enumerate(lab.model.blocks):
             for site in (f"heads {i}", f"neurons {i}"):
                 expected = alone[site][:, -2].T.unflatten(1, (7, 7))
@@ -118,7 +118,7 @@ def test_orders(p):
     row = order[0, 0]
     assert all(row[(i + 1) % (p - 1)] == row[i] * row[1] % p for i in range(p - 1))
     assert a.orders("additive", p, 5)[0, 0].tolist() == list(range(p))
-    assert a.powers(29)[1] == 27
+    assert g.powers(29)[1] == 27
 
 
 def test_against_null(monkeypatch):
@@ -160,9 +160,9 @@ def test_shots_tell_a_table_from_division():
     assert found["known slopes"] == found["new slopes"] == 1 > found["table"] > 1 / p
     by_ratio, tasks = lab.model, {tuple(task) for task in lab.split["id"].tolist()}
 
-    def table(tokens, everywhere=False):
+    def table(tokens):
         """Nothing but examples on the query's line, and what pre-training tasks have there."""
-        logits = by_ratio(tokens, everywhere)
+        logits = by_ratio(tokens, g.EACH_Y)
         xy, said = tokens.reshape(len(tokens), -1), logits.argmax(-1)
         queries = torch.stack((xy[:, 0::3], xy[:, 1::3]), -1)
         for row, answers in zip(queries.tolist(), said):
@@ -291,7 +291,7 @@ def test_similarity_by_ratio_is_found_and_nothing_in_noise():
 
 
 def test_the_strongest_pairs_of_characters_are_chosen():
-    p, order = 11, a.powers(11)
+    p, order = 11, g.powers(11)
     f = angle(p, "multiplicative", 2, 3).cos() + 0.5 * angle(p, "multiplicative", 1, 0).cos()
     sign = angle(p, "multiplicative", 5, 0).cos() / math.cos(0.7)       # is its own conjugate
     for n, pairs in ((1, {(2, 3), (8, 7)}), (2, {(2, 3), (8, 7), (1, 0), (9, 0)})):
@@ -310,7 +310,7 @@ def test_characters_are_kept_and_removed():
     one, two = angle(p, "multiplicative", 2, 3).cos(), angle(p, "multiplicative", 1, 0).cos()
     mask = torch.zeros(1, 10, 10, dtype=torch.bool)
     mask[0, 2, 3] = mask[0, -2, -3] = True
-    kept = a.keep_characters((one + two + 5)[None], a.powers(p), mask)[0]
+    kept = a.keep_characters((one + two + 5)[None], g.powers(p), mask)[0]
     torch.testing.assert_close(kept[1:, 1:], one[1:, 1:] + 5)
     torch.testing.assert_close(kept[0], (one + two + 5)[0])      # zeros stay as they are
 
@@ -356,19 +356,19 @@ def exact(algorithm, p=7):
                     return (c * w + d * t) % p
         return 0
 
-    def model(tokens, everywhere=True):
+    def model(tokens, asking=g.EACH_Y):
         logits = torch.zeros(*tokens.shape, p)
         for b, row in enumerate(tokens.tolist()):
             for t in range(1, len(row), 3):
                 sequence = [row[i:i + 3] for i in range(0, t - 1, 3)]
                 logits[b, t, answer(sequence, row[t - 1], row[t])] = 1
-        return logits if everywhere else logits[:, 1::3]
+        return logits[:, asking]
     return model
 
 
 def offset_by_trial(inputs, p):
     """Of each example, by trial: k such that y/x is base^k v/u; (n, k, 2) -> (n, k - 1)."""
-    base = a.powers(p)[1].item()
+    base = g.powers(p)[1].item()
     return torch.tensor([[next(k for k in range(p - 1)
                                if (y * u - pow(base, k, p) * v * x) % p == 0)
                           for u, v in examples] for *examples, (x, y) in inputs.tolist()])
@@ -391,7 +391,7 @@ def solver_of(which, p=7):
     surest there; with more examples it takes the first such pair, with none it says 0."""
     regression = exact("regression", p)
 
-    def model(tokens, everywhere=True):
+    def model(tokens, asking=g.EACH_Y):
         logits = torch.zeros(len(tokens), 1, p)
         z = tokens[:, :1][:, :-tokens.size(1) % 3]               # any, if it isn't there
         sequences = torch.cat((tokens, z), dim=1).unflatten(1, (-1, 3))
@@ -404,7 +404,7 @@ def solver_of(which, p=7):
                 logits[b] = 9 * regression(chosen)[0, -1]
             else:
                 logits[b, 0, 0] = 1
-        return logits.expand(-1, tokens.size(1), -1) if everywhere else logits
+        return logits.expand(-1, tokens.size(1), -1)[:, asking]
     return model
 
 
@@ -546,7 +546,7 @@ def test_all_parts_from_another_run_give_its_answers():
 def tiny_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     cfg = config(out=str(out))
-    run = g.start(cfg)
+    run = g.make_run(cfg)
     g.train(run, cfg)
     return out
 
@@ -581,7 +581,7 @@ def test_pictures_of_a_run(tiny_run, tmp_path, quick, capsys):
 def test_the_shortest_sequences_can_be_analyzed(tmp_path, quick, capsys):
     """Two examples: one shot, too few for Modular Regression, no query with some on its line."""
     cfg = config(examples=2, out=str(tmp_path))
-    run = g.start(cfg)
+    run = g.make_run(cfg)
     g.save(run, cfg, "best.pt")
     assert a.main([str(tmp_path)]) is None
     parts = json.load(open(tmp_path / "analysis.json"))
@@ -625,7 +625,7 @@ def test_without_matplotlib_the_numbers_are_there(tiny_run, tmp_path, quick, mon
 def planted_run(out, **changes):
     """A run's folder with an untrained model."""
     cfg = config(out=str(out), **changes)
-    run = g.start(cfg)
+    run = g.make_run(cfg)
     out.mkdir(parents=True)
     g.save(run, cfg, "best.pt")
 
@@ -707,7 +707,7 @@ def test_runs_without_a_held_out_task_in_common_are_not_compared(tmp_path, capsy
     """Two runs of one seed whose test tasks have been made disjoint."""
     for n, kept in enumerate((slice(0, 12), slice(12, 24))):
         cfg = config(out=str(tmp_path / f"run{n}"))
-        run = g.start(cfg)
+        run = g.make_run(cfg)
         every = torch.cat([run.split[kind] for kind in ("id", "val_ood", "test_ood")])
         run.split["test_ood"] = every[kept]
         (tmp_path / f"run{n}").mkdir()
