@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------- 1. Settings
-
 class BadInput(ValueError):
     """What the user can mend: main shows it as one line on stderr and returns 2."""
 
@@ -75,7 +74,7 @@ class Config:
     patience: int = option(0, 0, "evaluations without a best to stop after; 0: never", (0, 10**9))
     snapshots: bool = option(False, False, "keep the weights of each evaluation, step100.pt, ...")
     device: str = option("auto", "auto", "cpu, cuda, mps, ...; auto: cuda if there is one")
-    amp: str = option("auto", "auto", "autocast", choices=["auto", "bf16", "fp16", "off"])
+    amp: str = option("auto", "auto", "autocast", choices=["auto", "bf16", "off"])
     compile: str = option("auto", "auto", "torch.compile", choices=["auto", "on", "off"])
     out: str = option("", "", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, False, "continue the run in --out")
@@ -99,7 +98,6 @@ LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this 
 COMPILE_PAYS = 20_000         # steps on a GPU, for compiling takes over a minute
 
 # ---------------------------------------------------------------- 2. Data: tasks, inputs, the split
-
 def grid(p):
     """All p*p pairs of residues, (p*p, 2): the tasks (a, b), and also the inputs (x, y)."""
     return torch.cartesian_prod(torch.arange(p), torch.arange(p))
@@ -139,11 +137,10 @@ def choose_rectangles(p, n, generator, tries=100):
         if not free[a, b] or len(tasks) == n:
             continue
         free[a, b] = False                            # so that a' is not a, and b' not b
-        # For each (a', b'): are the corners (a', b), (a, b') and (a', b') all free?
-        corners_free = free[:, b].unsqueeze(1) & free[a].unsqueeze(0) & free         # (p, p)
-        choices = corners_free.nonzero()
+        # all (a', b') with the corners (a', b), (a, b') and (a', b') free: (n, 2)
+        choices = (free[:, b].unsqueeze(1) & free[a].unsqueeze(0) & free).nonzero()
         if len(choices) > 0:
-            c, d = choices[torch.randint(len(choices), (1,), generator=generator)].squeeze(0).tolist()
+            c, d = choices[torch.randint(len(choices), (), generator=generator)].tolist()
             tasks += [(a, b), (c, b), (a, d), (c, d)]
             free[[c, a, c], [b, d, d]] = False
     if len(tasks) < n and tries > 0:                  # an unlucky start has blocked itself
@@ -169,7 +166,6 @@ def make_split(cfg):
             "train_inputs": inputs[:n_train], "test_inputs": inputs[n_train:]}
 
 # -------------------------------------------------------------------------- 3. Two exact algorithms
-
 def novel_queries(tokens):
     """Which queries are no copy of an earlier example's input: (B, 3k) -> bool (B, k)."""
     xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
@@ -197,7 +193,6 @@ def solvable(tokens, p):
     return ratio, ratio | both | origin
 
 # ------------------------------------------------------------- 4. Model: a decoder-only transformer
-
 EVERY_TOKEN, EACH_Y = slice(None), slice(1, None, 3)     # which tokens of x y z x y z ... ask
 
 def rotary_tables(places, width):
@@ -280,51 +275,50 @@ class GPT(nn.Module):
         x = last(x, cos, sin, asking)                                                # (B, Q, C)
         return self.norm(x) @ self.embedding.weight.T                                # (B, Q, p)
 
-# ---------------------------------------------------------------------------------------- 5. Lessons
-#
-# Ratio Matching takes two skills: to divide, and to find the example on the query's line. Neither
-# earns anything without the other, so a model waits long for both to come by chance. The lessons
-# of lines begin where one is enough: with all examples on one line any of them will do.
-#
-# Modular Regression is the same trap once more. One example off the query's line says nothing until
-# a second is found too, and a sum of the two is known. The lessons of pairs first put the two in
-# the same place each time: one example on each of the lines l, lg, lg^2, ..., g being a generator
-# of the nonzero residues. What the two preceding examples are worth is then one fixed sum.
+# --------------------------------------------------------------------------------------- 5. Lessons
+# Ratio Matching takes two skills, to divide and to find the example on the query's line. Neither
+# earns anything without the other. Where all examples are on one line any of them will do, so the
+# lessons of lines begin there. Modular Regression is the same trap again: one example off the
+# query's line earns nothing until a second is found and the right sum of the two is known. So the
+# lessons of pairs begin with a row: one example on each of the lines l, lg, lg^2, ..., g being a
+# generator of the nonzero residues. There one fixed sum of the preceding two is always right.
 
 @dataclass
 class Lesson:
-    """A kind of training sequence, and what ends it. To add one, put it in the list below."""
+    """A kind of training sequence, and when it is learned."""
     name: str
-    lines: int                   # how many lines through the origin the examples lie on
-    examples: int                # in a sequence, if cfg.examples allows
-    order: str = "any"           # any: each example on a random one of the lines; row: one on each
-    #                              of l, lg, lg^2, ...; once: one on each, the lines in random order
-    more: int = 1                # so many times the usual number of sequences
-    gaps: bool = False           # leave gaps between examples, random ones
-    score_y: bool = False        # the loss is of y, too
-    skill: int = RATIO           # the algorithm whose queries tell whether it is learned
-    enough: float = 0.9          # share of them answered right that ends the lesson
-    review: str = ""             # every other step is one of this lesson instead
+    lines: int                   # through the origin, on which the examples lie: so many
+    examples: int                # in a sequence
+    order: str = "any"           # any: each example on any of the lines; row: as above; once: one
+    #                              example on each line, in random order
+    more: int = 1                # times the usual number of sequences
+    gaps: bool = False           # random ones between examples
+    score_y: bool = False        # besides z
+    skill: int = RATIO           # learned when of the queries that this algorithm can answer
+    enough: float = 0.9          # such a share is right
+    reviews: tuple = ()          # every other step is of one of these lessons instead, in turn
     rate: float = 1.0            # share of the peak learning rates
 
 def lessons(cfg):
-    """The lessons of a run, in order. The last one, free sequences, is the paper's training."""
-    p, kind = cfg.p, cfg.lessons
-    if kind == "auto":
-        kind = "pairs" if cfg.depth > 2 and min(p - 1, cfg.examples) > 2 else "lines"
-    free = Lesson("free", p + 1, cfg.examples)
+    """The lessons of a run in order; the last is the paper's training. To add one, list it here."""
+    p, few = cfg.p, min(8, cfg.p - 1)
     lines = [
         Lesson("1 line", 1, 8, more=2, gaps=True, score_y=True),
         Lesson("2 lines", 2, 8, more=2, gaps=True),
         *(Lesson(f"{n} lines", n, 16, more=2) for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
     pairs = [
-        Lesson("row", min(8, p - 1), 8, "row", skill=REGRESSION, enough=0.8, rate=0.5),
-        Lesson("row with gaps", min(8, p - 1), 8, "row", gaps=True, skill=REGRESSION, enough=0.8, rate=0.5),
-        Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, enough=0.5, review="free", rate=0.5)]
-    if kind == "pairs":
-        lines = [replace(lesson, more=1) for lesson in lines]
-        free = replace(free, review="each line once", rate=0.5)
-    return {"none": [free], "lines": [*lines, free], "pairs": [*lines, *pairs, free]}[kind]
+        *(replace(lesson, more=1, rate=0.6) for lesson in lines),
+        Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, reviews=("free",), rate=0.5),
+        Lesson("row with gaps", few, few, "row", gaps=True, skill=REGRESSION, enough=0.8,
+               reviews=("free",), rate=0.5),
+        Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, enough=0.35,
+               reviews=("free", "row with gaps"), rate=0.25)]
+    free = Lesson("free", p + 1, cfg.examples)
+    reviewing = replace(free, reviews=("each line once",), rate=0.3)
+    courses = {"none": [free], "lines": [*lines, free],
+               "pairs": [*pairs, reviewing]}
+    has_pairs = cfg.depth > 2 and min(p - 1, cfg.examples) > 2
+    return courses.get(cfg.lessons) or courses["pairs" if has_pairs else "lines"]
 
 def lines_of_examples(lesson, n, k, p, random):
     """For the orders row and once: the line of each example, (n, k)."""
@@ -340,29 +334,29 @@ def batch_shape(lesson, cfg):
     return lesson.more * cfg.batch * (cfg.examples // k), k
 
 def training_batch(split, input_lines, lesson, cfg, generator):
-    """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once,
-    and inputs are drawn evenly from those to train on that are on the lesson's lines, with
-    replacement. input_lines (n,) is line_of(split["train_inputs"])."""
+    """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once;
+    inputs are drawn evenly, with replacement, from those to train on that are on allowed lines.
+    input_lines (n,) is line_of(split["train_inputs"])."""
     tasks, inputs, p = split["id"], split["train_inputs"], cfg.p
     random = dict(generator=generator, device=input_lines.device)
     B, k = batch_shape(lesson, cfg)
     rounds = math.ceil(B / len(tasks))                           # so often does each task come
     order = torch.cat([torch.randperm(len(tasks), **random) for _ in range(rounds)])[:B]
-    n = rounds if cfg.shared_inputs else B                       # how many choices of inputs to make
+    n = rounds if cfg.shared_inputs else B                       # so many choices of inputs
     if lesson.order != "any":
         line = lines_of_examples(lesson, n, k, p, random)        # (n, k)
-        allowed = F.one_hot(line.flatten(), p + 1).float()       # (n k, p + 1): each draws one input
+        allowed = F.one_hot(line.flatten(), p + 1).float()       # (n k, p + 1), for one input each
         allowed = allowed.clamp(min=1e-6)                        # a line may have none to train on
     elif lesson.lines > p:
         allowed = torch.ones(n, p + 1, device=input_lines.device)
-    else:                                                        # the lines of so many random inputs
+    else:                                                        # those of so many random inputs
         drawn = torch.randint(len(inputs), (n, lesson.lines), **random)
         allowed = torch.zeros(n, p + 1, device=input_lines.device)
         allowed.scatter_(1, input_lines[drawn], 1)
     weights = allowed[:, input_lines]                            # of each input: (n or n k, inputs)
-    chosen = torch.multinomial(weights, n * k // len(weights), True, generator=generator)
-    chosen = chosen.view(n, k)
-    if cfg.shared_inputs:                                        # one choice for all tasks of a round
+    draws = n * k // len(weights)                                # k or 1
+    chosen = torch.multinomial(weights, draws, replacement=True, generator=generator).view(n, k)
+    if cfg.shared_inputs:                                        # of all tasks in a round
         chosen = chosen.repeat_interleave(len(tasks), 0)[:B]
     return to_tokens(tasks[order], inputs[chosen], p)                                # (B, 3k)
 
@@ -397,8 +391,7 @@ def is_learned(lesson, batch, logits, p):
     right, tell = over_processes(torch.stack((right.sum(), tell.sum())))
     return bool(right > lesson.enough * tell)
 
-# ------------------------------------------------------------------------------------- 6. Evaluation
-
+# ------------------------------------------------------------------------------------ 6. Evaluation
 def eval_sequences(split, ood, n, k, p, seed):
     """The four sets of the paper as token sequences, {name: (n, 3k)}; ood: "val_ood" or "test_ood".
 
@@ -407,8 +400,9 @@ def eval_sequences(split, ood, n, k, p, seed):
     for whose in ("id", ood):
         for side in ("train", "test"):
             tasks, inputs = split[whose], split[f"{side}_inputs"]
+            tasks = tasks[torch.arange(n) % len(tasks)]
             draw = torch.randint(len(inputs), (n, k), generator=generator)
-            sets[f"{whose}_{side}"] = to_tokens(tasks[torch.arange(n) % len(tasks)], inputs[draw], p)
+            sets[f"{whose}_{side}"] = to_tokens(tasks, inputs[draw], p)
     return sets
 
 def accuracy(hits, tokens):
@@ -448,9 +442,9 @@ def best_evaluation(history, chance):
     return curve.index(max(curve))
 
 def evaluate_and_save(run, cfg, sets, loss):
-    """Add a row to the run's history and metrics.csv, print it, write last.pt and, if best, best.pt"""
+    """Add a row to the run's history and metrics.csv, print it, save last.pt, if best best.pt."""
     lesson = current_lesson(run, cfg)
-    row = {"step": run.step, "loss": loss, "lines": min(lesson.lines, cfg.p + 1)}
+    row = {"step": run.step, "loss": loss, "lines": lesson.lines}
     with run.autocast:                                       # the report will be in float32
         for name, tokens in sets.items():
             row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
@@ -469,24 +463,23 @@ def report(run, cfg):
     """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
     lesson = current_lesson(run, cfg)
     if lesson != lessons(cfg)[-1]:
-        print(f'\nThe lesson "{lesson.name}" is not learned at step {run.step}. Try more --tasks or '
-              "another --seed.")
+        print(f'\nThe lesson "{lesson.name}" is not learned at step {run.step}. Try more --tasks '
+              "or another --seed.")
     best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
-    print(f"\nBest step {best['step']} of {run.step}. Accuracy in % after {cfg.examples - 1} "
-          f"shots, o.o.d. on test tasks; chance is {100 / cfg.p:.1f}\n{'':27}all queries{'':17}"
-          f"novel queries\n{'':27}" + 2 * " model  ratio  regression   ")
-    sets, novel = eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
-                                 cfg.seed + 2), []
+    print(f"\nBest step {best['step']} of {run.step}. Novel queries after {cfg.examples - 1} shots, "
+          f"in %; chance is {100 / cfg.p:.1f}\n{'':27} model  ratio  regression")
+    found, sets = [], eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
+                                     cfg.seed + 2)
     for name, tokens in sets.items():
         tokens = tokens.to(run.device)
-        last = torch.stack([evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)])[:, :, -1]
+        curves = evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)            # (2, k) each
+        found.append([curve[1, -1].item() for curve in curves])
         label = f"{'i.d.' if name[:2] == 'id' else 'o.o.d.'} tasks, {name.split('_')[-1]} inputs"
-        print(f"{label:27}" + (2 * "{:6.1f} {:6.1f} {:10.1f}   ").format(*100 * last.T.flatten()))
-        novel.append(last[:2, 1])                     # of the model and of Ratio Matching
-    print(f"Phase: {phase(*zip(*novel), cfg.p)}")
+        print(f"{label:27}" + "{:6.1f} {:6.1f} {:10.1f}".format(*(100 * a for a in found[-1])))
+    model, ratio, _ = zip(*found)
+    print(f"Phase: {phase(model, ratio, cfg.p)}")
 
-# --------------------------------------------------------------------------------------- 7. Training
-
+# -------------------------------------------------------------------------------------- 7. Training
 def make_optimizers(model, cfg):
     """Muon for the blocks' matrices (or AdamW, as in the paper), AdamW for the rest; a list.
 
@@ -513,6 +506,12 @@ def current_lesson(run, cfg):
     """run.learned lists the step at which each lesson so far was learned."""
     return lessons(cfg)[len(run.learned)]
 
+def todays_lesson(lesson, step):
+    """The name of the lesson that a step is of: this one, or one that it reviews."""
+    if not lesson.reviews or step % 2 == 1:
+        return lesson.name
+    return lesson.reviews[step // 2 % len(lesson.reviews)]
+
 def schedule(run, cfg):
     """(step from which the rate falls, last step) once the lessons are over, else (None, limit)."""
     began = run.learned[-1] if run.learned else 0
@@ -537,10 +536,20 @@ def is_over(run, cfg):
     waited = len(run.history) - 1 - best_evaluation(run.history, 1 / cfg.p) if run.history else 0
     return run.step >= schedule(run, cfg)[1] or 0 < cfg.patience <= waited
 
+def update_weights(run, loss, factor):
+    """A step of the optimizers, at that share of their peak rates."""
+    loss.backward()
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+
 def train(run, cfg, signals=()):
     """Train, evaluate now and then, save to cfg.out. Returns whether the run is over; it isn't if
     main's handler put a signal into the list signals."""
     course = {lesson.name: lesson for lesson in lessons(cfg)}
+    *_, final = course.values()
     split = {name: pairs.to(run.device) for name, pairs in run.split.items()}
     input_lines = line_of(split["train_inputs"], cfg.p)
     sets = {name: tokens.to(run.device) for name, tokens in eval_sequences(
@@ -550,8 +559,7 @@ def train(run, cfg, signals=()):
     with tqdm(initial=run.step, dynamic_ncols=True, disable=rank > 0) as bar:
         while not (over or stopped):
             lesson = current_lesson(run, cfg)
-            reviews = lesson.review and run.step % 2 == 0
-            today = course[lesson.review] if reviews else lesson
+            today = course[todays_lesson(lesson, run.step)]
             batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
             places = places_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
             batch = batch[rank::world]                # under torchrun; else all of it
@@ -564,7 +572,7 @@ def train(run, cfg, signals=()):
             if run.step % LOOK_EVERY == 0:            # a GPU waits here, so not at every step
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
                 bar.total = schedule(run, cfg)[1]
-                is_new = lesson.name != "free" and is_learned(lesson, batch, logits, cfg.p)
+                is_new = lesson != final and is_learned(lesson, batch, logits, cfg.p)
             if is_new:
                 run.learned.append(run.step)
             if is_new or is_over(run, cfg) or run.step % cfg.eval_every == 0:
@@ -576,7 +584,6 @@ def train(run, cfg, signals=()):
     return over
 
 # --------------------------------------------- 8. The lecture is over: what a running program needs
-
 @contextlib.contextmanager
 def refusing(what):
     """Whatever fails inside is a BadInput: a device, or a damaged file, can raise anything."""
@@ -603,17 +610,6 @@ def prepared(model, cfg, device):
         model = torch.compile(model)
     return nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
 
-def update_weights(run, loss, factor):
-    """A step of the optimizers, at that share of their peak rates. The scaler is float16's."""
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-    run.scaler.scale(loss).backward()
-    for optimizer in run.optimizers:
-        run.scaler.step(optimizer)
-        optimizer.zero_grad()
-    run.scaler.update()
-
 def pick_device(name):
     """The torch.device of that name; auto is CUDA or the CPU. BadInput where it isn't there."""
     with refusing(f"--device {name or repr(name)}: not usable here, try auto or cpu"):
@@ -624,15 +620,11 @@ def pick_device(name):
         return torch.device(name)
 
 def mixed_precision(cfg, device):
-    """(autocast context, GradScaler): float16 alone needs its loss scaled, against underflow."""
-    amp = cfg.amp
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif amp == "auto":                                      # slower without the instructions
-        amp = "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "off"
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return (torch.autocast(device.type, dtype, enabled=amp != "off"),
-            torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
+    """The autocast context of training: bfloat16 where the device has its instructions."""
+    has = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+           device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16" or (
+        cfg.amp == "auto" and has))
 
 STATE = ("split", "step", "learned", "history")      # of a run, beside weights and moments
 
@@ -644,15 +636,13 @@ def make_run(cfg, checkpoint=None):
         split=make_split(cfg), device=device, model=GPT(cfg).to(device),
         generator=torch.Generator(device).manual_seed(cfg.seed), step=0, learned=[], history=[])
     run.optimizers = make_optimizers(run.model, cfg)
-    run.autocast, run.scaler = mixed_precision(cfg, device)
+    run.autocast = mixed_precision(cfg, device)
     if checkpoint:
         with refusing(f"{cfg.out}/last.pt: doesn't fit its own config"):
             vars(run).update({name: checkpoint[name] for name in STATE})
             run.model.load_state_dict(checkpoint["model"])
             for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-            if checkpoint["scaler"]:
-                run.scaler.load_state_dict(checkpoint["scaler"])
             if checkpoint["device"] == device.type:          # else the random numbers differ anyway
                 run.generator.set_state(checkpoint["generator"])
     return run
@@ -685,8 +675,7 @@ def save(run, cfg, name):
     state = {key: getattr(run, key) for key in STATE}
     state |= dict(config=asdict(cfg), model=run.model.state_dict(), device=run.device.type,
                   optimizers=[o.state_dict() for o in run.optimizers],
-                  scaler=run.scaler.state_dict(), generator=run.generator.get_state(),
-                  sample=sample_logits(run.model))
+                  generator=run.generator.get_state(), sample=sample_logits(run.model))
     torch.save(state, buffer := io.BytesIO())
     write_file(os.path.join(cfg.out, name), buffer.getbuffer())
 
@@ -748,7 +737,7 @@ def checkpoint_to_resume(folder, asked):
     will want, is of another run, or if a setting is asked for that can't change any more."""
     checkpoint, saved, _ = load_checkpoint(os.path.join(folder, "last.pt"))
     if {*checkpoint["config"]} != {*NAMES}:
-        raise BadInput(f"{folder}/last.pt: of another version of the code, which has other settings")
+        raise BadInput(f"{folder}/last.pt: of another version of the code, with other settings")
     if checkpoint["history"]:
         best = asdict(load_checkpoint(os.path.join(folder, "best.pt"))[1])
         asked = {name: best[name] for name in FIXED} | asked
@@ -760,7 +749,7 @@ def checkpoint_to_resume(folder, asked):
     return checkpoint, saved
 
 def check_settings(cfg):
-    """Raise BadInput, naming flag, value and what is accepted, if no run can have these settings."""
+    """Raise BadInput, naming flag, value and what is accepted, if no run can have them."""
     def need(ok, name, accepted):
         if not ok:
             raise BadInput(f"{flag(name)} {getattr(cfg, name)}: must be {accepted}")
@@ -836,8 +825,7 @@ def main(argv=None):
             finished = train(run, cfg, signals)
         code = None if finished else 128 + signals[0] if signals else 0
         if not finished:
-            print(f"Saved. To go on: {'python' if world == 1 else 'torchrun ...'} grok_icl.py "
-                  f"--resume --out '{cfg.out}'")
+            print(f"Saved. To go on, start again with: --resume --out '{cfg.out}'")
         elif rank == 0:
             report(run, cfg)
         print(end="", flush=True)                     # so that a closed pipe is noticed here

@@ -39,14 +39,14 @@ def operations(cfg, batch, k, everywhere=False):
 
 
 def operations_of_run(folder):
-    """Those of all training steps of a run, lesson by lesson, reviews (every other step) included."""
+    """Those of all training steps of a run, lesson by lesson, with reviews at every other step."""
     checkpoint, cfg, _ = g.load_checkpoint(os.path.join(folder, "last.pt"))
     course, total, first = g.lessons(cfg), 0, 0
     each = {lesson.name: operations(cfg, *g.batch_shape(lesson, cfg), lesson.score_y)
             for lesson in course}
     for lesson, last in zip(course, [*checkpoint["learned"], checkpoint["step"]]):
         for step in range(first, last):
-            total += each[lesson.review if lesson.review and step % 2 == 0 else lesson.name]
+            total += each[g.todays_lesson(lesson, step)]
         first = last
     return total
 
@@ -108,11 +108,7 @@ class Stepper:
                                  run.generator)
         with self.autocast:
             loss = self.loss(self.model, batch)
-        run.scaler.scale(loss).backward()
-        for optimizer in run.optimizers:
-            run.scaler.step(optimizer)
-            optimizer.zero_grad()
-        run.scaler.update()
+        g.update_weights(run, loss, 1)
 
     def several(self, n):
         """Seconds a step over n steps."""
