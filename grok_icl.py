@@ -66,7 +66,7 @@ class Config:
     lr_end: float = option(0.02, 0.1, "share of the peak rates that is left at the end", (0, 1))
     wd: float = option(0.2, 2.0, "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(64, 1024, "sequences a step, more while they are short", (1, 10**6))
-    steps: int = option(1200, 200_000, "steps after the lessons, the rate falling", (1, 10**9))
+    steps: int = option(1000, 200_000, "steps after the lessons, the rate falling", (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
     seed: int = option(0, 0, "of the split, the initial weights and the batches", (0, 2**32 - 1))
     # how it is run: what --resume may change
@@ -83,7 +83,8 @@ NAMES = [f.name for f in fields(Config)]
 FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
 PRESETS = {                   # in place of the defaults; a flag on the command line outdoes both
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
-    "regression": dict(tasks=640, depth=4, heads=8, steps=2000),
+    "regression-small": dict(p=17, tasks=200, depth=4, heads=6, embd=96, batch=48, steps=1200),
+    "regression": dict(tasks=640, depth=4, heads=8, steps=2500),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)}}
 
 MLP_RATIO = 4                 # MLP width / residual width
@@ -307,14 +308,14 @@ def lessons(cfg):
         Lesson("2 lines", 2, 8, more=2, gaps=True),
         *(Lesson(f"{n} lines", n, 16, more=2) for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
     pairs = [
-        *(replace(lesson, more=1, rate=0.6) for lesson in lines),
-        Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, reviews=("free",), rate=0.5),
+        *(replace(lesson, more=1) for lesson in lines),
+        Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, reviews=("free",), rate=0.8),
         Lesson("row with gaps", few, few, "row", gaps=True, skill=REGRESSION, enough=0.8,
-               reviews=("free",), rate=0.5),
+               reviews=("free",), rate=0.8),
         Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, enough=0.35,
-               reviews=("free", "row with gaps"), rate=0.25)]
+               reviews=("free", "row with gaps"), rate=0.4)]
     free = Lesson("free", p + 1, cfg.examples)
-    reviewing = replace(free, reviews=("each line once",), rate=0.3)
+    reviewing = replace(free, reviews=("each line once",), rate=0.4)
     courses = {"none": [free], "lines": [*lines, free],
                "pairs": [*pairs, reviewing]}
     has_pairs = cfg.depth > 2 and min(p - 1, cfg.examples) > 2
@@ -559,7 +560,7 @@ def train(run, cfg, signals=()):
     with tqdm(initial=run.step, dynamic_ncols=True, disable=rank > 0) as bar:
         while not (over or stopped):
             lesson = current_lesson(run, cfg)
-            today = course[todays_lesson(lesson, run.step)]
+            today = course[todays_lesson(lesson, run.step)]      # it may be a review
             batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
             places = places_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
             batch = batch[rank::world]                # under torchrun; else all of it
@@ -568,14 +569,14 @@ def train(run, cfg, signals=()):
             update_weights(run, loss, lr_factor(run, cfg))
             run.step += 1
             bar.update()
-            is_new = False
+            learned = False
             if run.step % LOOK_EVERY == 0:            # a GPU waits here, so not at every step
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
                 bar.total = schedule(run, cfg)[1]
-                is_new = lesson != final and is_learned(lesson, batch, logits, cfg.p)
-            if is_new:
+                learned = today == lesson != final and is_learned(lesson, batch, logits, cfg.p)
+            if learned:
                 run.learned.append(run.step)
-            if is_new or is_over(run, cfg) or run.step % cfg.eval_every == 0:
+            if learned or is_over(run, cfg) or run.step % cfg.eval_every == 0:
                 evaluate_and_save(run, cfg, sets, over_processes(loss.detach() / world).item())
             votes = torch.tensor([is_over(run, cfg), len(signals) > 0]).int()
             over, stopped = (over_processes(votes) > 0).tolist()     # all leave after the same step
@@ -649,6 +650,8 @@ def make_run(cfg, checkpoint=None):
 
 def write_file(path, content):
     """Write bytes under another name, then rename: a reader finds the old file or the new one."""
+    if rank_and_world()[0] > 0:                       # of several processes one writes
+        return
     try:
         with open(path + ".tmp", "wb") as f:
             f.write(content)
@@ -668,8 +671,6 @@ def sample_logits(model):
 
 def save(run, cfg, name):
     """Write all of the run and its config to cfg.out/name, unless a weight isn't finite."""
-    if rank_and_world()[0] > 0:
-        return
     if not all(w.isfinite().all() for w in run.model.parameters()):
         raise FloatingPointError(f"at step {run.step} weights not finite; lower --lr or --embd-lr")
     state = {key: getattr(run, key) for key in STATE}

@@ -130,7 +130,7 @@ def lesson(cfg, name):
 def quickly(monkeypatch, enough=0.1):
     """From now on lessons are short and soon learned, so that a short run has several."""
     lessons = g.lessons
-    monkeypatch.setattr(g, "LOOK_EVERY", 3)
+    monkeypatch.setattr(g, "LOOK_EVERY", 2)
     monkeypatch.setattr(g, "LESSON_STEPS", 12)
     monkeypatch.setattr(g, "lessons", lambda cfg: [
         dataclasses.replace(l, enough=enough) for l in lessons(cfg)])
@@ -297,7 +297,7 @@ def test_the_loss_is_of_z_and_on_demand_of_y():
 
 
 def test_a_run_goes_through_its_lessons_and_reviews(tmp_path, monkeypatch):
-    """In order; every other step of a lesson with a review is of that one; y on one line alone."""
+    """In order; every other step of a lesson with reviews is one of them; y on one line alone."""
     seen, batch, loss = [], g.training_batch, g.training_loss
     monkeypatch.setattr(g, "training_batch",
                         lambda *a: [seen.append([a[2].name]), batch(*a)][1])
@@ -305,16 +305,30 @@ def test_a_run_goes_through_its_lessons_and_reviews(tmp_path, monkeypatch):
                         lambda *a: [seen[-1].append(a[3]), loss(*a)][1])
     monkeypatch.setattr(g, "is_learned", lambda *a: True)
     quickly(monkeypatch)
+    monkeypatch.setattr(g, "LOOK_EVERY", 4)
     cfg = tiny(lessons="pairs", steps=6, out=str(tmp_path))
     run = g.make_run(cfg)
     os.makedirs(cfg.out, exist_ok=True)
     assert g.train(run, cfg)
     course = g.lessons(cfg)
-    assert run.learned == [*range(3, 3 * len(course), 3)] and run.step == run.learned[-1] + 6
+    assert run.learned == [*range(4, 4 * len(course), 4)] and run.step == run.learned[-1] + 6
     for step, (name, score_y) in enumerate(seen):
-        l = course[min(step // 3, len(course) - 1)]
-        assert name == (l.review if l.review and step % 2 == 0 else l.name)
+        l = course[min(step // 4, len(course) - 1)]
+        reviews = l.reviews or [l.name]
+        assert name == (l.name if step % 2 else reviews[step // 2 % len(reviews)])
         assert score_y == (name == "1 line")
+
+
+def test_a_review_does_not_tell_whether_a_lesson_is_learned(tmp_path, monkeypatch):
+    """Looks at steps that are all reviews, in a lesson that has any."""
+    monkeypatch.setattr(g, "is_learned", lambda *a: True)
+    quickly(monkeypatch)
+    monkeypatch.setattr(g, "todays_lesson", lambda l, step: [*l.reviews, l.name][0])
+    cfg = tiny(lessons="pairs", out=str(tmp_path))
+    run = g.make_run(cfg)
+    os.makedirs(cfg.out, exist_ok=True)
+    assert g.train(run, cfg)
+    assert g.current_lesson(run, cfg).name == "row"              # the first with a review
 
 
 def test_a_lesson_that_is_not_learned_ends_the_run(tmp_path, monkeypatch, capsys):
@@ -667,7 +681,7 @@ def interrupted(cfg, step, monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     dict(optimizer="adamw"), dict(amp="bf16"), dict(shared_inputs=True),
-    dict(lessons="lines", steps=3), dict(lessons="pairs", steps=3),
+    dict(lessons="lines", steps=6), dict(lessons="pairs", steps=6),
     *(pytest.param(dict(device="cuda", compile="off", amp=amp), marks=needs_cuda)
       for amp in ("off", "bf16"))])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, changes):
