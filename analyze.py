@@ -679,6 +679,47 @@ def draw_votes(plt, lab, found):
         circle.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return {"votes.png": fig}
 
+# ---------------------------------------------------------------- Lessons: which skill comes when?
+# Question: does each skill rise with the lesson that is to teach it?
+# Method:   all snapshots of a run (--snapshots) answer free sequences, second half, by skill.
+# If so: "ratio" rises during lessons of lines, "regression" during those of pairs.
+# If not: both rise in the last lesson, free sequences, and the others could be left out.
+CURVES = [f"{skill}, {side} inputs" for side in ("train", "test") for skill in SKILLS[1:3]]
+
+def measure_lessons(lab):
+    """"accuracy" (snapshots, 4) by CURVES, their "steps", and the steps that ended lessons."""
+    sets = g.eval_sequences(lab.split, "test_ood", 8 * SEQUENCES, lab.k, lab.p, SEED)
+    late, steps, rows = torch.arange(lab.k) >= lab.k // 2, [], []
+    for path in bar(lab.snapshots, "lessons"):
+        checkpoint, _, model = g.load_checkpoint(path, lab.device)
+        steps.append(checkpoint["step"])
+        rows.append([])
+        for tokens in (sets["test_ood_train"], sets["test_ood_test"]):
+            said = answers(SimpleNamespace(model=model, device=lab.device), tokens, False)
+            right, skill = said == tokens[:, 2::3], skill_of(tokens, lab.p)          # (B, k)
+            rows[-1] += [right[(skill == i) & late].float().mean() for i in (1, 2)]
+    return {"accuracy": torch.tensor(rows), "steps": steps, "ended": checkpoint["learned"]}
+
+def show_lessons(lab, found):
+    ends, rows = [*found["ended"], found["steps"][-1]], {}
+    for lesson, end in zip(g.lessons(lab.cfg), ends):
+        last = [i for i, step in enumerate(found["steps"]) if step <= end][-1]
+        rows[f"{lesson.name}, to step {end}"] = dict(zip(CURVES, found["accuracy"][last].tolist()))
+    table("Accuracy at the end of each lesson, in %, by skill", rows,
+          f"free sequences of new tasks, second half, novel queries; chance {100 / lab.p:.1f}")
+
+def draw_lessons(plt, lab, found):
+    fig, ax = plt.subplots(figsize=(7.5, 3.6))
+    for curve, name, style in zip(100 * found["accuracy"].T, CURVES, "C1- C2- C1-- C2--".split()):
+        ax.plot(found["steps"], curve, style, label=name)
+    for lesson, begin in zip(g.lessons(lab.cfg), [0, *found["ended"]]):
+        ax.axvline(begin, color="C7", lw=0.6)
+        ax.text(begin, 106, lesson.name, rotation=60, fontsize=7)
+    ax.axhline(100 / lab.p, color="black", lw=0.8, ls=":", label="chance")
+    ax.set(xlabel="training step", ylabel="accuracy, new tasks (%)", ylim=(0, 104))
+    ax.legend(loc="lower right")
+    return {"lessons.png": fig}
+
 # --------------------------------------------------------- Many runs: shares and phases (figure 1b)
 # Question: how does the end of training depend on tasks, inputs, depth and p?
 # Method:   each run's share, (accuracy - chance) / (Ratio Matching's - chance), and its phase.
@@ -764,6 +805,7 @@ SECTIONS = {                  # of each part, what measures, prints and draws it
     "similarity": (measure_similarity, show_similarity, draw_similarity),
     "patching": (measure_patching, show_patching, None),
     "votes": (measure_votes, show_votes, draw_votes),
+    "lessons": (measure_lessons, show_lessons, draw_lessons),            # of a run with snapshots
     "phases": (measure_phases, show_phases, draw_phases)}                # of many runs
 
 def open_lab(path, device, file="best.pt"):
@@ -772,12 +814,14 @@ def open_lab(path, device, file="best.pt"):
     device = g.pick_device(device)
     checkpoint, cfg, model = g.load_checkpoint(file, device)
     as_in_the_paper = torch.equal(g.features(g.grid(cfg.p), cfg.p), g.grid(cfg.p))
+    snapshots = glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "step*.pt"))
     possible = {"votes": as_in_the_paper and cfg.p > 3 and cfg.examples > 2,
-                "similarity": as_in_the_paper, "phases": False}
+                "similarity": as_in_the_paper, "lessons": len(snapshots) > 0, "phases": False}
     return SimpleNamespace(
         model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, observed=None,
         heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
-        parts=[part for part in SECTIONS if possible.get(part, True)], split=checkpoint["split"])
+        parts=[part for part in SECTIONS if possible.get(part, True)], split=checkpoint["split"],
+        snapshots=sorted(snapshots, key=lambda name: (len(name), name)))
 
 def open_runs(folders, device, file="best.pt"):
     """{folder: (checkpoint, config, model)} of the runs under the folders, comparable by phases."""
@@ -844,7 +888,8 @@ def main(argv=None):
         for part in parts:
             if not phases and part not in lab.parts:
                 raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: three examples, p "
-                                 "above 3; votes, similarity: the paper's rule)")
+                                 "above 3; votes, similarity: the paper's rule; lessons: "
+                                 "--snapshots)")
         out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         try:

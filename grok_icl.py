@@ -467,8 +467,8 @@ def report(run, cfg):
         print(f'\nThe lesson "{lesson.name}" is not learned at step {run.step}. Try more --tasks '
               "or another --seed.")
     best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
-    print(f"\nBest step {best['step']} of {run.step}. Novel queries after {cfg.examples - 1} shots, "
-          f"in %; chance is {100 / cfg.p:.1f}\n{'':27} model  ratio  regression")
+    print(f"\nBest step {best['step']} of {run.step}. Novel queries, {cfg.examples - 1} shots, in "
+          f"%; chance is {100 / cfg.p:.1f}\n{'':27} model  ratio  regression")
     found, sets = [], eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
                                      cfg.seed + 2)
     for name, tokens in sets.items():
