@@ -539,13 +539,48 @@ def test_all_parts_from_another_run_give_its_answers():
     assert not torch.equal(patched, a.answers(lab, ours))
 
 # -------------------------------------------------------------------------------------------------
+# Lessons
+# -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("algorithm", ["ratio", "regression"])
+def test_lessons_tell_skills_of_snapshots_apart(algorithm, monkeypatch, capsys):
+    """Planted: at step 20 a Ratio Matcher, or a model that combines; at step 3 one that says 0."""
+    lab, models = planted_lab(examples=4), {"step3.pt": 0, "step20.pt": exact(algorithm)}
+
+    def zero(tokens, asking=g.EACH_Y):
+        return one_hot_zero(tokens)[:, asking]
+
+    def one_hot_zero(tokens):
+        return torch.nn.functional.one_hot(torch.zeros_like(tokens), 7).float()
+    monkeypatch.setattr(a, "SEQUENCES", 8)
+    monkeypatch.setattr(g, "load_checkpoint", lambda path, device: (
+        dict(step=int(path[4:-3]), learned=[5, 9]), None, models[path] or zero))
+    lab.snapshots = [*models]
+    found = a.measure_lessons(lab)
+    assert found["steps"] == [3, 20] and found["ended"] == [5, 9]
+    by = {name: found["accuracy"][:, i].tolist() for i, name in enumerate(a.CURVES)}
+    for side in ("train", "test"):
+        (zero_matches, matches), (_, combines) = (
+            by[f"{skill}, {side} inputs"] for skill in ("ratio", "regression"))
+        if algorithm == "ratio":
+            assert matches == 1 and combines < 0.4               # where it says 0
+        else:
+            assert combines == 1
+        assert zero_matches < 0.4
+    lab.cfg = config(lessons="lines")
+    a.show_lessons(lab, found)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "to step" in line]
+    assert [row.split(",")[0] for row in rows] == ["1 line", "2 lines", "4 lines"]
+
+
+# -------------------------------------------------------------------------------------------------
 # The command line
 # -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    cfg = config(out=str(out))
+    cfg = config(out=str(out), snapshots=True)
     run = g.make_run(cfg)
     g.train(run, cfg)
     return out
@@ -574,7 +609,8 @@ def test_pictures_of_a_run(tiny_run, tmp_path, quick, capsys):
     need_matplotlib()
     assert a.main([str(tiny_run), "--out", str(tmp_path)]) is None
     pictures = {f.name for f in tmp_path.iterdir()} - {"analysis.json", "analysis.npz"}
-    names = ("skills", "skill_grid", "attention", "pca", "fourier", "similarity", "votes")
+    names = ("skills", "skill_grid", "attention", "pca", "fourier", "similarity", "votes",
+             "lessons")
     assert pictures == {f"{n}.png" for n in names}
 
 
@@ -596,6 +632,8 @@ def test_what_another_rule_makes_meaningless_is_refused(tiny_run, tmp_path, monk
     planted_run(tmp_path / "run")
     lab = a.open_lab(str(tmp_path / "run"), "cpu")
     assert lab.parts == ["shots", "skills", "attention", "pca", "fourier", "patching"]
+    assert a.main([str(tmp_path / "run"), "lessons"]) == 2       # it kept no snapshots
+    assert "lessons: --snapshots" in capsys.readouterr().err
     assert a.main([str(tmp_path / "run"), "similarity"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "the paper's rule" in err
