@@ -302,24 +302,28 @@ class Lesson:
 
 def lessons(cfg):
     """The lessons of a run in order; the last is the paper's training. To add one, list it here."""
-    p, few = cfg.p, min(8, cfg.p - 1)
-    lines = [
-        Lesson("1 line", 1, 8, more=2, gaps=True, score_y=True),
-        Lesson("2 lines", 2, 8, more=2, gaps=True),
-        *(Lesson(f"{n} lines", n, 16, more=2) for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
-    pairs = [
-        *(replace(lesson, more=1) for lesson in lines),
-        Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, reviews=("free",), rate=0.8),
-        Lesson("row with gaps", few, few, "row", gaps=True, skill=REGRESSION, enough=0.8,
-               reviews=("free",), rate=0.8),
-        Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, enough=0.35,
-               reviews=("free", "row with gaps"), rate=0.4)]
+    p, kind = cfg.p, cfg.lessons
+    if kind == "auto":
+        kind = "pairs" if cfg.depth > 2 and min(p - 1, cfg.examples) > 2 else "lines"
     free = Lesson("free", p + 1, cfg.examples)
-    reviewing = replace(free, reviews=("each line once",), rate=0.4)
-    courses = {"none": [free], "lines": [*lines, free],
-               "pairs": [*pairs, reviewing]}
-    has_pairs = cfg.depth > 2 and min(p - 1, cfg.examples) > 2
-    return courses.get(cfg.lessons) or courses["pairs" if has_pairs else "lines"]
+    if kind == "none":
+        return [free]
+    more, few, pair = 1 if kind == "pairs" else 2, min(8, p - 1), dict(skill=REGRESSION)
+    lines = [
+        Lesson("1 line", 1, 8, more=more, gaps=True, score_y=True),
+        Lesson("2 lines", 2, 8, more=more, gaps=True),
+        *(Lesson(f"{n} lines", n, 16, more=more)
+          for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
+    if kind == "lines":
+        return [*lines, free]
+    return [
+        *lines,
+        Lesson("row", few, few, "row", **pair, enough=0.8, rate=0.8, reviews=("free",)),
+        Lesson("row with gaps", few, few, "row", **pair, gaps=True, enough=0.8, rate=0.8,
+               reviews=("free",)),
+        Lesson("each line once", p + 1, p + 1, "once", **pair, enough=0.35, rate=0.4,
+               reviews=("free", "row with gaps")),
+        replace(free, rate=0.4, reviews=("each line once",))]
 
 def lines_of_examples(lesson, n, k, p, random):
     """For the orders row and once: the line of each example, (n, k)."""
