@@ -14,7 +14,7 @@ trained on from the examples in front of it: in-context learning, out of distrib
 
     python grok_icl.py --preset quick            p = 13, 46 seconds on two CPU cores
     python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 2.3 minutes on two CPU cores
-    python grok_icl.py --preset regression       four blocks, which combine two examples
+    python grok_icl.py --preset regression-small four blocks, which combine two examples; p = 17
     python grok_icl.py --preset paper            as published; wants a GPU
 """
 import argparse
@@ -24,7 +24,6 @@ import math
 import os
 import signal
 import sys
-import threading
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
 
@@ -471,8 +470,8 @@ def report(run, cfg):
         print(f'\nThe lesson "{lesson.name}" is not learned at step {run.step}. Try more --tasks '
               "or another --seed.")
     best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
-    print(f"\nBest step {best['step']} of {run.step}. Novel queries, {cfg.examples - 1} shots, in "
-          f"%; chance is {100 / cfg.p:.1f}\n{'':27} model  ratio  regression")
+    print(f"\nBest step {best['step']} of {run.step}. Accuracy on novel queries after "
+          f"{cfg.examples - 1} shots, in %\n{'':27} model  ratio  regression")
     found, sets = [], eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
                                      cfg.seed + 2)
     for name, tokens in sets.items():
@@ -482,7 +481,7 @@ def report(run, cfg):
         label = f"{'i.d.' if name[:2] == 'id' else 'o.o.d.'} tasks, {name.split('_')[-1]} inputs"
         print(f"{label:27}" + "{:6.1f} {:6.1f} {:10.1f}".format(*(100 * a for a in found[-1])))
     model, ratio, _ = zip(*found)
-    print(f"Phase: {phase(model, ratio, cfg.p)}")
+    print(f"Phase: {phase(model, ratio, cfg.p)} (o.o.d.: test tasks; chance {100 / cfg.p:.1f}%)")
 
 # -------------------------------------------------------------------------------------- 7. Training
 def make_optimizers(model, cfg):
@@ -778,13 +777,14 @@ def check_settings(cfg):
 @contextlib.contextmanager
 def noted_signals():
     """A list that only notes Ctrl-C and SLURM's SIGTERM, so that train can save before it stops."""
-    may_set = threading.current_thread() is threading.main_thread()
-    numbers, noted = (signal.SIGINT, signal.SIGTERM) if may_set else (), []
-    before = [signal.signal(number, lambda number, _: noted.append(number)) for number in numbers]
+    noted, before = [], {}
+    with contextlib.suppress(ValueError):             # in a thread, which may not set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, _: noted.append(number))
     try:
         yield noted
     finally:                                          # a notebook goes on with its own handlers
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 def explain(error, remedy):
