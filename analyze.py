@@ -698,13 +698,15 @@ def measure_lessons(lab):
             said = answers(SimpleNamespace(model=model, device=lab.device), tokens, False)
             right, skill = said == tokens[:, 2::3], skill_of(tokens, lab.p)          # (B, k)
             rows[-1] += [right[(skill == i) & late].float().mean() for i in (1, 2)]
-    return {"accuracy": torch.tensor(rows), "steps": steps, "ended": checkpoint["learned"]}
+    return {"accuracy": torch.tensor(rows), "steps": steps, "ended": checkpoint.get("learned", [])}
 
 def show_lessons(lab, found):
     ends, rows = [*found["ended"], found["steps"][-1]], {}
     for lesson, end in zip(g.lessons(lab.cfg), ends):
-        last = [i for i, step in enumerate(found["steps"]) if step <= end][-1]
-        rows[f"{lesson.name}, to step {end}"] = dict(zip(CURVES, found["accuracy"][last].tolist()))
+        before = [i for i, step in enumerate(found["steps"]) if step <= end]
+        if before:                                               # else no snapshot is left of it
+            accuracies = found["accuracy"][before[-1]].tolist()
+            rows[f"{lesson.name}, to step {end}"] = dict(zip(CURVES, accuracies))
     table("Accuracy at the end of each lesson, in %, by skill", rows,
           f"free sequences of new tasks, second half, novel queries; chance {100 / lab.p:.1f}")
 

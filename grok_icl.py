@@ -89,7 +89,7 @@ PRESETS = {                   # in place of the defaults; a flag on the command 
 MLP_RATIO = 4                 # MLP width / residual width
 ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
 ADAM_BETAS = (0.9, 0.98)
-LESSON_STEPS = 2000           # that a lesson may take
+LESSON_STEPS = 2000           # that a lesson may take, else the run ends
 LOOK_EVERY = 10               # steps between looks at whether a lesson is learned
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 2048       # of each set, in the closing report
@@ -280,34 +280,34 @@ class GPT(nn.Module):
 # earns anything without the other. Where all examples are on one line any of them will do, so the
 # lessons of lines begin there. Modular Regression is the same trap again: one example off the
 # query's line earns nothing until a second is found and the right sum of the two is known. So the
-# lessons of pairs begin with a row: one example on each of the lines l, lg, lg^2, ..., g being a
-# generator of the nonzero residues. There one fixed sum of the preceding two is always right.
+# lessons of pairs begin with a row: examples on lines with the slopes r, rg, rg^2, ..., g being a
+# generator of the nonzero residues. There z/x is one fixed sum of the z/x of the preceding two.
 
 @dataclass
 class Lesson:
     """A kind of training sequence, and when it is learned."""
     name: str
-    lines: int                   # through the origin, on which the examples lie: so many
-    examples: int                # in a sequence
-    order: str = "any"           # any: each example on any of the lines; row: as above; once: one
-    #                              example on each line, in random order
+    lines: int                   # through the origin, on which the examples lie: at most so many
+    examples: int                # in a sequence, if cfg.examples allows
+    order: str = "any"           # any: each example on any of the lines; row: as above; once: no
+    #                              two on one line, in random order
     more: int = 1                # times the usual number of sequences
-    gaps: bool = False           # random ones between examples
-    score_y: bool = False        # besides z
-    skill: int = RATIO           # learned when of the queries that this algorithm can answer
-    enough: float = 0.9          # such a share is right
-    reviews: tuple = ()          # every other step is of one of these lessons instead, in turn
+    gaps: bool = False           # between examples, random ones
+    score_y: bool = False        # the loss is of y, too
+    skill: int = RATIO           # the algorithm whose solvable queries count
+    enough: float = 0.9          # the share of them that must be right
+    reviews: tuple = ()          # other lessons, in turn at every other step
     rate: float = 1.0            # share of the peak learning rates
 
 def lessons(cfg):
-    """The lessons of a run in order; the last is the paper's training. To add one, list it here."""
+    """The lessons of a run in order; the last has free inputs. To add one, list it here."""
     p, kind = cfg.p, cfg.lessons
     if kind == "auto":
         kind = "pairs" if cfg.depth > 2 and min(p - 1, cfg.examples) > 2 else "lines"
-    free = Lesson("free", p + 1, cfg.examples)
+    free = Lesson("free", p + 1, cfg.examples)                   # the paper's training
     if kind == "none":
         return [free]
-    more, few, pair = 1 if kind == "pairs" else 2, min(8, p - 1), dict(skill=REGRESSION)
+    more = 1 if kind == "pairs" else 2
     lines = [
         Lesson("1 line", 1, 8, more=more, gaps=True, score_y=True),
         Lesson("2 lines", 2, 8, more=more, gaps=True),
@@ -315,14 +315,20 @@ def lessons(cfg):
           for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
     if kind == "lines":
         return [*lines, free]
-    return [
-        *lines,
-        Lesson("row", few, few, "row", **pair, enough=0.8, rate=0.8, reviews=("free",)),
-        Lesson("row with gaps", few, few, "row", **pair, gaps=True, enough=0.8, rate=0.8,
-               reviews=("free",)),
-        Lesson("each line once", p + 1, p + 1, "once", **pair, enough=0.35, rate=0.4,
-               reviews=("free", "row with gaps")),
-        replace(free, rate=0.4, reviews=("each line once",))]
+    # First the sum of two, then not to rely on their distance, then to find them anywhere; what
+    # was learned before would be forgotten without reviews.
+    few = min(8, p - 1)
+    row = Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, rate=0.8, reviews=(free,))
+    gaps = replace(row, name="row with gaps", gaps=True)
+    once = Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, enough=0.35, rate=0.4,
+                  reviews=(free, gaps))
+    return [*lines, row, gaps, once, replace(free, rate=0.4, reviews=(once,))]
+
+def todays_lesson(lesson, step):
+    """The lesson that a step is of: this one, or one that it reviews."""
+    if not lesson.reviews or step % 2 == 1:
+        return lesson
+    return lesson.reviews[step // 2 % len(lesson.reviews)]
 
 def lines_of_examples(lesson, n, k, p, random):
     """For the orders row and once: the line of each example, (n, k)."""
@@ -369,7 +375,7 @@ def places_of_tokens(lesson, k, cfg, generator):
 
     Where the preceding example always helps, a model may find it by its distance, and never learn
     to look for an example by what it says. With gaps the k examples, in order, take random places
-    out of 1.5 k, others at each step. The last z is not shown."""
+    out of 1.5 k (at most cfg.examples), others at each step. The last z is not shown."""
     place = torch.arange(k, device=generator.device)
     if lesson.gaps:
         n = min(cfg.examples, 3 * k // 2)
@@ -445,10 +451,9 @@ def best_evaluation(history, chance):
         return len(curve) - 1
     return curve.index(max(curve))
 
-def evaluate_and_save(run, cfg, sets, loss):
+def evaluate_and_save(run, cfg, sets, loss, title):
     """Add a row to the run's history and metrics.csv, print it, save last.pt, if best best.pt."""
-    lesson = current_lesson(run, cfg)
-    row = {"step": run.step, "loss": loss, "lines": lesson.lines}
+    row = {"step": run.step, "loss": loss, "lines": current_lesson(run, cfg).lines}
     with run.autocast:                                       # the report will be in float32
         for name, tokens in sets.items():
             row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
@@ -461,14 +466,14 @@ def evaluate_and_save(run, cfg, sets, loss):
     write_file(os.path.join(cfg.out, "metrics.csv"), ("\n".join(table) + "\n").encode())
     save(run, cfg, "last.pt")
     tqdm.write("step {step:6d}  loss {loss:.3f}  i.d. {id_train:.2f}/{id_test:.2f}  o.o.d. "
-               "{val_ood_train:.2f}/{val_ood_test:.2f}  ".format(**row) + lesson.name)
+               "{val_ood_train:.2f}/{val_ood_test:.2f}  ".format(**row) + title)
 
 def report(run, cfg):
     """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
     lesson = current_lesson(run, cfg)
     if lesson != lessons(cfg)[-1]:
-        print(f'\nThe lesson "{lesson.name}" is not learned at step {run.step}. Try more --tasks '
-              "or another --seed.")
+        print(f'\nThe run ends at step {run.step} within the lesson "{lesson.name}". Try more '
+              "--tasks, more --depth or another --seed.")
     best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
     print(f"\nBest step {best['step']} of {run.step}. Accuracy on novel queries after "
           f"{cfg.examples - 1} shots, in %\n{'':27} model  ratio  regression")
@@ -510,12 +515,6 @@ def current_lesson(run, cfg):
     """run.learned lists the step at which each lesson so far was learned."""
     return lessons(cfg)[len(run.learned)]
 
-def todays_lesson(lesson, step):
-    """The name of the lesson that a step is of: this one, or one that it reviews."""
-    if not lesson.reviews or step % 2 == 1:
-        return lesson.name
-    return lesson.reviews[step // 2 % len(lesson.reviews)]
-
 def schedule(run, cfg):
     """(step from which the rate falls, last step) once the lessons are over, else (None, limit)."""
     began = run.learned[-1] if run.learned else 0
@@ -552,8 +551,6 @@ def update_weights(run, loss, factor):
 def train(run, cfg, signals=()):
     """Train, evaluate now and then, save to cfg.out. Returns whether the run is over; it isn't if
     main's handler put a signal into the list signals."""
-    course = {lesson.name: lesson for lesson in lessons(cfg)}
-    *_, final = course.values()
     split = {name: pairs.to(run.device) for name, pairs in run.split.items()}
     input_lines = line_of(split["train_inputs"], cfg.p)
     sets = {name: tokens.to(run.device) for name, tokens in eval_sequences(
@@ -563,7 +560,7 @@ def train(run, cfg, signals=()):
     with tqdm(initial=run.step, dynamic_ncols=True, disable=rank > 0) as bar:
         while not (over or stopped):
             lesson = current_lesson(run, cfg)
-            today = course[todays_lesson(lesson, run.step)]      # it may be a review
+            today = todays_lesson(lesson, run.step)              # it may be a review
             batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
             places = places_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
             batch = batch[rank::world]                # under torchrun; else all of it
@@ -576,11 +573,13 @@ def train(run, cfg, signals=()):
             if run.step % LOOK_EVERY == 0:            # a GPU waits here, so not at every step
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
                 bar.total = schedule(run, cfg)[1]
-                learned = today == lesson != final and is_learned(lesson, batch, logits, cfg.p)
+                learned = (today == lesson and lesson != lessons(cfg)[-1]
+                           and is_learned(lesson, batch, logits, cfg.p))
             if learned:
                 run.learned.append(run.step)
             if learned or is_over(run, cfg) or run.step % cfg.eval_every == 0:
-                evaluate_and_save(run, cfg, sets, over_processes(loss.detach() / world).item())
+                mean_loss = over_processes(loss.detach() / world).item()
+                evaluate_and_save(run, cfg, sets, mean_loss, lesson.name + ", learned" * learned)
             votes = torch.tensor([is_over(run, cfg), len(signals) > 0]).int()
             over, stopped = (over_processes(votes) > 0).tolist()     # all leave after the same step
     if not over:
@@ -630,7 +629,7 @@ def mixed_precision(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16" or (
         cfg.amp == "auto" and has))
 
-STATE = ("split", "step", "learned", "history")      # of a run, beside weights and moments
+STATE = ("split", "step", "lessons", "learned", "history")   # of a run, beside weights, moments
 
 def make_run(cfg, checkpoint=None):
     """A run's state, new or from a checkpoint; BadInput if that doesn't fit cfg."""
@@ -638,11 +637,14 @@ def make_run(cfg, checkpoint=None):
     torch.manual_seed(cfg.seed)
     run = SimpleNamespace(
         split=make_split(cfg), device=device, model=GPT(cfg).to(device),
-        generator=torch.Generator(device).manual_seed(cfg.seed), step=0, learned=[], history=[])
+        generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[], learned=[],
+        lessons=[lesson.name for lesson in lessons(cfg)])
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast = mixed_precision(cfg, device)
     if checkpoint:
         with refusing(f"{cfg.out}/last.pt: doesn't fit its own config"):
+            if checkpoint["lessons"] != run.lessons:
+                raise ValueError("other lessons")
             vars(run).update({name: checkpoint[name] for name in STATE})
             run.model.load_state_dict(checkpoint["model"])
             for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
@@ -728,8 +730,8 @@ def parse_config(argv=None):
         cfg = replace(saved, **typed | {"resume": False})
     else:
         checkpoint, cfg = None, Config(**asked)
-        if any(os.path.exists(os.path.join(cfg.out, name))
-               for name in ("last.pt", "best.pt", "metrics.csv")):
+        files = os.listdir(cfg.out) if os.path.isdir(cfg.out) else []
+        if any(name == "metrics.csv" or name.endswith(".pt") for name in files):
             raise BadInput(f"--out {cfg.out}: holds a run. To go on with it: --resume --out "
                            f"'{cfg.out}'; to start afresh: another --out, or remove that folder")
     check_settings(cfg)
@@ -742,14 +744,14 @@ def checkpoint_to_resume(folder, asked):
     checkpoint, saved, _ = load_checkpoint(os.path.join(folder, "last.pt"))
     if {*checkpoint["config"]} != {*NAMES}:
         raise BadInput(f"{folder}/last.pt: of another version of the code, with other settings")
-    if checkpoint["history"]:
-        best = asdict(load_checkpoint(os.path.join(folder, "best.pt"))[1])
-        asked = {name: best[name] for name in FIXED} | asked
+    best = load_checkpoint(os.path.join(folder, "best.pt"))[1] if checkpoint["history"] else saved
     for name in FIXED:
-        has = getattr(saved, name)
+        has, other = getattr(saved, name), getattr(best, name)
         if asked.get(name, has) != has:
             raise BadInput(f"{flag(name)} {asked[name]}: the run in {folder} has {has}, which "
                            "--resume can't change")
+        if other != has:
+            raise BadInput(f"{folder}/best.pt: of another run, with {flag(name)} {other}")
     return checkpoint, saved
 
 def check_settings(cfg):
@@ -772,7 +774,7 @@ def check_settings(cfg):
     need(cfg.batch % rank_and_world()[1] == 0, "batch", "a multiple of the number of processes")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")
     need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
-         "auto, lines or none with p or --examples below 4: a pair needs a third example")
+         "auto, lines or none with --p 3 or --examples 2: a pair needs a third line")
 
 @contextlib.contextmanager
 def noted_signals():

@@ -42,11 +42,10 @@ def operations_of_run(folder):
     """Those of all training steps of a run, lesson by lesson, with reviews at every other step."""
     checkpoint, cfg, _ = g.load_checkpoint(os.path.join(folder, "last.pt"))
     course, total, first = g.lessons(cfg), 0, 0
-    each = {lesson.name: operations(cfg, *g.batch_shape(lesson, cfg), lesson.score_y)
-            for lesson in course}
     for lesson, last in zip(course, [*checkpoint["learned"], checkpoint["step"]]):
         for step in range(first, last):
-            total += each[g.todays_lesson(lesson, step)]
+            today = g.todays_lesson(lesson, step)
+            total += operations(cfg, *g.batch_shape(today, cfg), today.score_y)
         first = last
     return total
 
