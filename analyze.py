@@ -714,9 +714,12 @@ def draw_lessons(plt, lab, found):
     fig, ax = plt.subplots(figsize=(7.5, 3.6))
     for curve, name, style in zip(100 * found["accuracy"].T, CURVES, "C1- C2- C1-- C2--".split()):
         ax.plot(found["steps"], curve, style, label=name)
+    place, apart = -math.inf, 0.04 * found["steps"][-1]
     for lesson, begin in zip(g.lessons(lab.cfg), [0, *found["ended"]]):
+        place = max(begin, place + apart)                        # of a name, clear of the last one
         ax.axvline(begin, color="C7", lw=0.6)
-        ax.text(begin, 106, lesson.name, rotation=60, fontsize=7)
+        ax.annotate(lesson.name, (begin, 104), (place, 111), rotation=50, fontsize=7,
+                    annotation_clip=False, arrowprops=dict(arrowstyle="-", lw=0.4))
     ax.axhline(100 / lab.p, color="black", lw=0.8, ls=":", label="chance")
     ax.set(xlabel="training step", ylabel="accuracy, new tasks (%)", ylim=(0, 104))
     ax.legend(loc="lower right")
