@@ -13,8 +13,8 @@ With few pre-training tasks it memorizes them. With many it learns to infer a ta
 trained on from the examples in front of it: in-context learning, out of distribution (o.o.d.).
 
     python grok_icl.py --preset quick            p = 13, 46 seconds on two CPU cores
-    python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 2.3 minutes on two CPU cores
-    python grok_icl.py --preset regression-small four blocks, which combine two examples; p = 17
+    python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 2.1 minutes on two CPU cores
+    python grok_icl.py --preset regression-small four blocks, p = 17, combines examples: 3.6 minutes
     python grok_icl.py --preset paper            as published; wants a GPU
 """
 import argparse

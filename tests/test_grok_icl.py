@@ -261,7 +261,8 @@ def test_a_lesson_is_learned_when_enough_of_its_queries_are_right(skill, name):
     tell = {"ratio": [2], "regression": [2, 3]}[name]
     for share, learned in ((0.89, False), (0.92, True)):
         answers = tokens[:, 2::3].clone()
-        answers[round(100 * share):, tell] += 1                  # wrong where it counts
+        wrong = round(100 * len(tell) * (1 - share))             # all at the last that counts
+        answers[:wrong, tell[-1]] += 1
         answers[:, [i for i in range(4) if i not in tell]] = 0
         logits = F.one_hot(answers % 7, 7).float()
         assert g.is_learned(g.Lesson("", 1, 4, skill=skill), tokens, logits, 7) == learned
