@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -400,8 +399,7 @@ def is_learned(lesson, batch, logits, p):
     """Whether the logits (B, k, p) get enough of the z in a batch (B, 3k) of this lesson right."""
     tell = solvable(batch, p)[lesson.skill]
     right = tell & (logits.argmax(-1) == batch[:, 2::3])
-    right, tell = over_processes(torch.stack((right.sum(), tell.sum())))
-    return bool(right > lesson.enough * tell)
+    return bool(right.sum() > lesson.enough * tell.sum())
 
 # ------------------------------------------------------------------------------------ 6. Evaluation
 def eval_sequences(split, ood, n, k, p, seed):
@@ -557,15 +555,13 @@ def train(run, cfg, signals=()):
     input_lines = line_of(split["train_inputs"], cfg.p)
     sets = {name: tokens.to(run.device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
-    model, (rank, world) = prepared(run.model, cfg, run.device), rank_and_world()
-    over, stopped = is_over(run, cfg), False
-    with tqdm(initial=run.step, dynamic_ncols=True, disable=rank > 0) as bar:
-        while not (over or stopped):
+    model = compiled_if_it_pays(run.model, cfg, run.device)
+    with tqdm(initial=run.step, dynamic_ncols=True) as bar:
+        while not (is_over(run, cfg) or signals):
             lesson = current_lesson(run, cfg)
             today = todays_lesson(lesson, run.step)              # it may be a review
             batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
             places = places_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
-            batch = batch[rank::world]                # under torchrun; else all of it
             with run.autocast:
                 loss, logits = training_loss(model, batch, places, today.score_y)
             update_weights(run, loss, lr_factor(run, cfg))
@@ -580,13 +576,10 @@ def train(run, cfg, signals=()):
             if learned:
                 run.learned.append(run.step)
             if learned or is_over(run, cfg) or run.step % cfg.eval_every == 0:
-                mean_loss = over_processes(loss.detach() / world).item()
-                evaluate_and_save(run, cfg, sets, mean_loss, lesson.name + ", learned" * learned)
-            votes = torch.tensor([is_over(run, cfg), len(signals) > 0]).int()
-            over, stopped = (over_processes(votes) > 0).tolist()     # all leave after the same step
-    if not over:
+                evaluate_and_save(run, cfg, sets, loss.item(), lesson.name + ", learned" * learned)
+    if not is_over(run, cfg):
         save(run, cfg, "last.pt")
-    return over
+    return is_over(run, cfg)
 
 # --------------------------------------------- 8. The lecture is over: what a running program needs
 @contextlib.contextmanager
@@ -597,30 +590,15 @@ def refusing(what):
     except Exception as e:
         raise BadInput(f"{what} ({type(e).__name__}: {str(e)[:80]})")
 
-def rank_and_world():
-    """(This process's number, how many there are), from torchrun. Each process takes its share of
-    the same batch, so that N do what one would; the first one alone writes and prints."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-def over_processes(numbers):
-    """The sum of a tensor over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(numbers)
-    return numbers
-
-def prepared(model, cfg, device):
-    """The model as training calls it: compiled if that pays, and one of several processes'."""
+def compiled_if_it_pays(model, cfg, device):
+    """The model as training calls it; on a short run compiling takes longer than it saves."""
     pays = device.type == "cuda" and cfg.steps >= COMPILE_PAYS
-    if cfg.compile == "on" or (cfg.compile == "auto" and pays):
-        model = torch.compile(model)
-    return nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    return torch.compile(model) if cfg.compile == "on" or cfg.compile == "auto" and pays else model
 
 def pick_device(name):
     """The torch.device of that name; auto is CUDA or the CPU. BadInput where it isn't there."""
     with refusing(f"--device {name or repr(name)}: not usable here, try auto or cpu"):
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        if name == "cuda" and rank_and_world()[1] > 1:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))     # one GPU for each process
         torch.zeros(1, device=name).item()
         return torch.device(name)
 
@@ -657,8 +635,6 @@ def make_run(cfg, checkpoint=None):
 
 def write_file(path, content):
     """Write bytes under another name, then rename: a reader finds the old file or the new one."""
-    if rank_and_world()[0] > 0:                       # of several processes one writes
-        return
     try:
         with open(path + ".tmp", "wb") as f:
             f.write(content)
@@ -773,7 +749,6 @@ def check_settings(cfg):
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
     need(cfg.embd % (2 * cfg.heads) == 0, "embd",
          f"a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
-    need(cfg.batch % rank_and_world()[1] == 0, "batch", "a multiple of the number of processes")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")
     need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
          "auto, lines or none with --p 3 or --examples 2: a pair needs a third line")
@@ -791,40 +766,28 @@ def noted_signals():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-def explain(error, remedy):
-    """(exit code, line for stderr) of an error that is no bug. A bug is raised again."""
-    if isinstance(error, BrokenPipeError):            # piped into head, which has seen enough
-        return 128 + 13, ""                           # as SIGPIPE would end it
-    if isinstance(error, BadInput):
-        return 2, " ".join(str(error).split())
-    if isinstance(error, (OSError, FloatingPointError)):
-        return 1, f"{error}; the files saved before are whole"
-    if (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or "can't allocate memory" in str(error)):       # torch's error on a CPU
-        return 1, f"out of memory; {remedy}"
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return 1, "torch.compile fails on this machine; try --compile off"
-    raise error
-
 def complain(error, remedy="make --batch, --examples or --embd smaller"):
-    """Print what explain says and return the exit code."""
-    code, line = explain(error, remedy)
-    if not line:                                      # nothing more can be written to the pipe
+    """Print an error that is no bug as one line and return the exit code. A bug is raised again."""
+    if isinstance(error, BrokenPipeError):            # piped into head, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    elif rank_and_world()[0] == 0 or code == 1:       # bad input is the same to all processes
-        print("error: " + line, file=sys.stderr)
-    return code
+        return 128 + 13                               # as SIGPIPE would end it
+    line = " ".join(str(error).split())
+    if isinstance(error, (OSError, FloatingPointError)):
+        line += "; the files saved before are whole"
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in line:
+        line = f"out of memory; {remedy}"
+    elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        line = "torch.compile fails on this machine; try --compile off"
+    elif not isinstance(error, BadInput):
+        raise error
+    print("error: " + line, file=sys.stderr)
+    return 2 if isinstance(error, BadInput) else 1
 
 def main(argv=None):
     """Parse, train, report. Returns the exit code or None; what goes wrong is a line on stderr."""
-    rank, world = rank_and_world()
     try:
         cfg, checkpoint = parse_config(argv)
-        if world > 1:
-            dist.init_process_group()
-            dist.barrier()                            # none may write before all have looked
         run = make_run(cfg, checkpoint)
-        sys.stdout = sys.stdout if rank == 0 else open(os.devnull, "w")     # only rank 0 prints
         with noted_signals() as signals:
             with refusing(f"--out {cfg.out}: can't be written"):
                 os.makedirs(cfg.out, exist_ok=True)
@@ -832,18 +795,14 @@ def main(argv=None):
             print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, seed "
                   f"{cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
             finished = train(run, cfg, signals)
-        code = None if finished else 128 + signals[0] if signals else 0
-        if not finished:
-            print(f"Saved. To go on, start again with: --resume --out '{cfg.out}'")
-        elif rank == 0:
+        if finished:
             report(run, cfg)
+        else:
+            print(f"Saved. To go on, start again with: --resume --out '{cfg.out}'")
         print(end="", flush=True)                     # so that a closed pipe is noticed here
+        return None if finished else 128 + signals[0]
     except Exception as e:
-        code = complain(e)
-    if dist.is_initialized():                         # else gloo's threads may crash the way out
-        dist.destroy_process_group()
-        os._exit(code or 0)
-    return code
+        return complain(e)
 
 if __name__ == "__main__":
     try:
