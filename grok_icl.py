@@ -22,7 +22,9 @@ import contextlib
 import io
 import math
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
@@ -30,6 +32,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from filelock import FileLock, Timeout           # comes with torch
 from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------- 1. Settings
@@ -198,7 +201,8 @@ EVERY_TOKEN, EACH_Y = slice(None), slice(1, None, 3)     # which tokens of x y z
 
 def rotary_tables(places, width):
     """cos and sin of place * frequency, (T, width / 2): one for each pair of a head's numbers."""
-    frequencies = ROPE_BASE ** (-torch.arange(0, width, 2, device=places.device) / width)
+    steps = torch.arange(0, width, 2, dtype=torch.float32, device=places.device)
+    frequencies = ROPE_BASE ** (-steps / width)                                      # (D / 2,)
     angles = torch.outer(places, frequencies)
     return angles.cos(), angles.sin()
 
@@ -291,7 +295,7 @@ class Lesson:
     lines: int                   # through the origin, on which the examples lie: at most so many
     examples: int                # in a sequence, if cfg.examples allows
     order: str = "any"           # any: each example on any of the lines; row: as above; once: no
-    #                              two on one line, in random order
+    #                              two on one line, in random order; axis: all on y = 0, or on x = 0
     more: int = 1                # times the usual number of sequences
     gaps: bool = False           # between examples, random ones
     score_y: bool = False        # the loss is of y, too
@@ -316,14 +320,16 @@ def lessons(cfg):
           for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
     if kind == "lines":
         return [*lines, free]
-    # First the sum of two, then not to rely on their distance, then to find them anywhere; what
-    # was learned before would be forgotten without reviews.
+    # First the sum of two, then not to rely on their distance, then to find them anywhere. What was
+    # learned before would be forgotten without reviews, and the axes would hardly be learned: 0 has
+    # no logarithm, so that the model divides by y, say, and fails where y = 0.
     few = min(8, p - 1)
     row = Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, rate=0.8, reviews=(free,))
     gaps = replace(row, name="row with gaps", gaps=True)
+    axis = Lesson("axis", 1, 8, "axis")
     once = Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, enough=0.35, rate=0.4,
-                  reviews=(free, gaps))
-    return [*lines, row, gaps, once, replace(free, rate=0.4, reviews=(once,))]
+                  reviews=(free, gaps, axis))
+    return [*lines, row, gaps, once, replace(free, rate=0.4, reviews=(once, axis))]
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
@@ -332,7 +338,9 @@ def todays_lesson(lesson, step):
     return lesson.reviews[step // 2 % len(lesson.reviews)]
 
 def lines_of_examples(lesson, n, k, p, random):
-    """For the orders row and once: the line of each example, (n, k)."""
+    """For all orders but any: the line of each example, (n, k)."""
+    if lesson.order == "axis":
+        return p * torch.randint(2, (n, 1), **random).expand(n, k)
     if lesson.order == "once":
         return torch.rand(n, p + 1, **random).argsort(1)[:, :k]
     start = torch.randint(p - 1, (n, 1), **random)
@@ -467,6 +475,7 @@ def evaluate_and_save(run, cfg, sets, loss, title):
     save(run, cfg, "last.pt")
     tqdm.write("step {step:6d}  loss {loss:.3f}  i.d. {id_train:.2f}/{id_test:.2f}  o.o.d. "
                "{val_ood_train:.2f}/{val_ood_test:.2f}  ".format(**row) + title)
+    sys.stdout.flush()                                       # a file shows each line at once
 
 def report(run, cfg):
     """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
@@ -556,7 +565,7 @@ def train(run, cfg, signals=()):
     sets = {name: tokens.to(run.device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
     model = compiled_if_it_pays(run.model, cfg, run.device)
-    with tqdm(initial=run.step, dynamic_ncols=True) as bar:
+    with tqdm(initial=run.step, dynamic_ncols=True, disable=None) as bar:    # None: if no terminal
         while not (is_over(run, cfg) or signals):
             lesson = current_lesson(run, cfg)
             today = todays_lesson(lesson, run.step)              # it may be a review
@@ -614,9 +623,11 @@ STATE = ("split", "step", "lessons", "learned", "history")   # of a run, beside 
 def make_run(cfg, checkpoint=None):
     """A run's state, new or from a checkpoint; BadInput if that doesn't fit cfg."""
     device = pick_device(cfg.device)
-    torch.manual_seed(cfg.seed)
+    with torch.random.fork_rng(devices=[]):           # a notebook's own random numbers stay
+        torch.manual_seed(cfg.seed)
+        model = GPT(cfg).to(device)
     run = SimpleNamespace(
-        split=make_split(cfg), device=device, model=GPT(cfg).to(device),
+        split=make_split(cfg), device=device, model=model,
         generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[], learned=[],
         lessons=[lesson.name for lesson in lessons(cfg)])
     run.optimizers = make_optimizers(run.model, cfg)
@@ -635,15 +646,16 @@ def make_run(cfg, checkpoint=None):
 
 def write_file(path, content):
     """Write bytes under another name, then rename: a reader finds the old file or the new one."""
+    other = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(path + ".tmp", "wb") as f:
+        with open(other, "wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())                      # on the disk before the old one goes
-        os.replace(path + ".tmp", path)
+        os.replace(other, path)
     finally:                                          # a full disk, say: the old file stays
         with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
+            os.remove(other)
 
 @torch.no_grad()
 def sample_logits(model):
@@ -657,7 +669,7 @@ def save(run, cfg, name):
     if not all(w.isfinite().all() for w in run.model.parameters()):
         raise FloatingPointError(f"at step {run.step} weights not finite; lower --lr or --embd-lr")
     state = {key: getattr(run, key) for key in STATE}
-    state |= dict(config=asdict(cfg), model=run.model.state_dict(), device=run.device.type,
+    state |= dict(config=asdict(replace(cfg, resume=False)), model=run.model.state_dict(), device=run.device.type,
                   optimizers=[o.state_dict() for o in run.optimizers],
                   generator=run.generator.get_state(), sample=sample_logits(run.model))
     torch.save(state, buffer := io.BytesIO())
@@ -671,7 +683,7 @@ def load_checkpoint(path, device="cpu"):
     with refusing(f"{path}: damaged, or of another version of the code"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         known = {k: v for k, v in checkpoint["config"].items() if k in NAMES}
-        model = GPT(cfg := Config(**known))
+        model = GPT(cfg := Config(**known)).float()       # whatever torch's default is
         model.load_state_dict(checkpoint["model"])
         torch.testing.assert_close(sample_logits(model), checkpoint["sample"], rtol=0.01, atol=0.02)
         checkpoint["split"], checkpoint["step"], checkpoint["history"]       # KeyError without
@@ -697,40 +709,70 @@ def make_parser():
     return parser
 
 def parse_config(argv=None):
-    """(config, checkpoint to resume or None) of the command line; BadInput if it can't run."""
+    """The config of a command line; BadInput if no run can have it. With --resume it is that of the
+    run in the folder, if there is one, and what was typed."""
     typed = vars(make_parser().parse_args(argv))
     preset = typed.pop("preset", "default")
     typed.setdefault("out", os.path.join("out", "-".join(
         [preset, *(f"{name}{typed[name]}" for name in FIXED if name in typed)])))
     asked = PRESETS.get(preset, {}) | typed
-    if typed.get("resume"):
-        checkpoint, saved = checkpoint_to_resume(typed["out"], asked)
-        cfg = replace(saved, **typed | {"resume": False})
-    else:
-        checkpoint, cfg = None, Config(**asked)
-        files = os.listdir(cfg.out) if os.path.isdir(cfg.out) else []
-        if any(name == "metrics.csv" or name.endswith(".pt") for name in files):
-            raise BadInput(f"--out {cfg.out}: holds a run. To go on with it: --resume --out "
-                           f"'{cfg.out}'; to start afresh: another --out, or remove that folder")
-    check_settings(cfg)
-    pick_device(cfg.device)
-    return cfg, checkpoint
+    last = os.path.join(typed["out"], "last.pt")
+    if typed.get("resume") and os.path.exists(last):
+        saved = load_checkpoint(last)[1]
+        for name in FIXED:
+            if asked.get(name, getattr(saved, name)) != getattr(saved, name):
+                raise BadInput(f"{flag(name)} {asked[name]}: the run in {typed['out']} has "
+                               f"{getattr(saved, name)}, which --resume can't change")
+        asked = asdict(saved) | typed
+    check_settings(cfg := Config(**asked))
+    return cfg
 
-def checkpoint_to_resume(folder, asked):
-    """(last.pt, its config) of the run in a folder. BadInput if best.pt, which the closing report
-    will want, is of another run, or if a setting is asked for that can't change any more."""
-    checkpoint, saved, _ = load_checkpoint(os.path.join(folder, "last.pt"))
-    if {*checkpoint["config"]} != {*NAMES}:
-        raise BadInput(f"{folder}/last.pt: of another version of the code, with other settings")
-    best = load_checkpoint(os.path.join(folder, "best.pt"))[1] if checkpoint["history"] else saved
-    for name in FIXED:
-        has, other = getattr(saved, name), getattr(best, name)
-        if asked.get(name, has) != has:
-            raise BadInput(f"{flag(name)} {asked[name]}: the run in {folder} has {has}, which "
-                           "--resume can't change")
-        if other != has:
-            raise BadInput(f"{folder}/best.pt: of another run, with {flag(name)} {other}")
-    return checkpoint, saved
+@contextlib.contextmanager
+def alone_in(folder):
+    """Hold a run's folder, so that a second process is refused. If this process dies, the system
+    lets the folder go. What was made for nothing is removed."""
+    new = not os.path.isdir(folder)
+    with refusing(f"--out {folder}: can't be written"):
+        os.makedirs(folder, exist_ok=True)
+        lock = FileLock(os.path.join(folder, ".lock"))
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0)
+    if not lock.is_locked:
+        raise BadInput(f"--out {folder}: another process is at work in it; take another folder")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(lock.lock_file)
+        lock.release()
+        with contextlib.suppress(OSError):
+            if new:
+                os.removedirs(folder)                 # only what is empty
+
+def command_to_resume(folder):
+    """For the shell at hand, whatever the folder's name."""
+    words = ["python", "grok_icl.py", "--resume", "--out", folder]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+def checkpoint_of(cfg):
+    """last.pt of the run in cfg.out, to go on from, or None; BadInput if there is a run and no
+    --resume, or if best.pt, which the closing report will want, is of another run."""
+    files = [name for name in sorted(os.listdir(cfg.out))
+             if name == "metrics.csv" or name.endswith(".pt")]
+    if files and not cfg.resume:
+        raise BadInput(f"--out {cfg.out}: holds a run. To go on with it: "
+                       f"{command_to_resume(cfg.out)}; to start afresh: another --out")
+    if "last.pt" not in files:
+        return None
+    checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))[0]
+    odd = {*checkpoint["config"]} ^ {*NAMES}
+    if odd:
+        raise BadInput(f"{cfg.out}/last.pt: of another version of the code: {', '.join(odd)}")
+    if checkpoint["history"]:
+        best = load_checkpoint(os.path.join(cfg.out, "best.pt"))[1]
+        if any(getattr(best, name) != getattr(cfg, name) for name in FIXED):
+            raise BadInput(f"{cfg.out}/best.pt: of another run")
+    return checkpoint
 
 def check_settings(cfg):
     """Raise BadInput, naming flag, value and what is accepted, if no run can have them."""
@@ -749,17 +791,20 @@ def check_settings(cfg):
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
     need(cfg.embd % (2 * cfg.heads) == 0, "embd",
          f"a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
+    need(cfg.optimizer != "muon" or hasattr(torch.optim, "Muon"), "optimizer",
+         f"adamw with torch {torch.__version__}; Muon came with 2.9")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")
     need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
          "auto, lines or none with --p 3 or --examples 2: a pair needs a third line")
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that only notes Ctrl-C and SLURM's SIGTERM, so that train can save before it stops."""
+    """A list that only notes Ctrl-C and what SLURM sends, so that train can save and stop."""
     noted, before = [], {}
     with contextlib.suppress(ValueError):             # in a thread, which may not set handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda number, _: noted.append(number))
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if number := getattr(signal, name, None):            # Windows has no SIGUSR1
+                before[number] = signal.signal(number, lambda number, _: noted.append(number))
     try:
         yield noted
     finally:                                          # a notebook goes on with its own handlers
@@ -786,20 +831,19 @@ def complain(error, remedy="make --batch, --examples or --embd smaller"):
 def main(argv=None):
     """Parse, train, report. Returns the exit code or None; what goes wrong is a line on stderr."""
     try:
-        cfg, checkpoint = parse_config(argv)
-        run = make_run(cfg, checkpoint)
-        with noted_signals() as signals:
+        cfg = parse_config(argv)
+        with alone_in(cfg.out), noted_signals() as signals:
+            run = make_run(cfg, checkpoint_of(cfg))
             with refusing(f"--out {cfg.out}: can't be written"):
-                os.makedirs(cfg.out, exist_ok=True)
                 save(run, cfg, "last.pt")             # so that whatever is found can be resumed
             print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, seed "
                   f"{cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
             finished = train(run, cfg, signals)
-        if finished:
-            report(run, cfg)
-        else:
-            print(f"Saved. To go on, start again with: --resume --out '{cfg.out}'")
-        print(end="", flush=True)                     # so that a closed pipe is noticed here
+            if finished:
+                report(run, cfg)
+            else:
+                print("Saved. To go on: " + command_to_resume(cfg.out))
+            print(end="", flush=True)                 # so that a closed pipe is noticed here
         return None if finished else 128 + signals[0]
     except Exception as e:
         return complain(e)

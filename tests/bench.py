@@ -179,7 +179,7 @@ def main():
     own, rest = parser.parse_known_args()
     if own.run:
         return print(f"{own.run}: {operations_of_run(own.run):.2e} operations")
-    cfg, _ = g.parse_config([*rest, "--out", os.path.join(tempfile.gettempdir(), "never made")])
+    cfg = g.parse_config([*rest, "--out", os.path.join(tempfile.gettempdir(), "never made")])
     on_gpu = g.pick_device(cfg.device).type == "cuda"
     compiled = cfg.compile == "on" or cfg.compile == "auto" and on_gpu and (
         cfg.steps >= g.COMPILE_PAYS)

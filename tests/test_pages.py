@@ -73,10 +73,7 @@ def test_each_command_shown_parses(page, tmp_path, monkeypatch):
                      if i not in flags and i - 1 not in flags]
             assert argv[:1] == ["phases"] or {*parts} <= {*a.SECTIONS}, argv
         else:
-            try:
-                g.parse_config(argv)
-            except g.BadInput as e:               # a run to be resumed isn't there, of course
-                assert "--resume" in argv and "no such file" in str(e), argv
+            g.parse_config(argv)
 
 
 def test_some_commands_are_found():
