@@ -22,6 +22,7 @@ import os
 import sys
 import tempfile
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -223,20 +224,20 @@ def show_skills(lab, found):
           f"{2 * CONTEXTS} contexts, all {lab.p ** 2} queries; Ratio Matching alone: 100, 100, and "
           f"chance, {100 / lab.p:.1f}")
 
-def draw_skills(plt, lab, found):
-    fig, ax = plt.subplots(figsize=(4.5, 3.4))
+def draw_skills(subplots, lab, found):
+    fig, ax = subplots(figsize=(4.5, 3.4))
     for s, colour in ((0, "C7"), (1, "C1"), (2, "C2")):
         ax.plot(found["shots"], 100 * found["accuracy"][:, s], f".-{colour}", label=SKILLS[s])
     ax.axhline(100 / lab.p, color="black", lw=0.8, ls=":", label="chance")
     ax.set(title="new tasks", xlabel="shots", ylabel="accuracy (%)", ylim=(0, 104))
     ax.legend(title="least skill that answers the query")
     chosen = [i for i, s in enumerate(found["shots"]) if s in (1, 2, 8, lab.k - 1)]
-    grid, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen) + 1, 6.6), squeeze=False)
+    grid, axes = subplots(3, len(chosen), figsize=(2.2 * len(chosen) + 1, 6.6), squeeze=False)
     for column, i in zip(axes.T, chosen):
         right, can = found["right"][i].int(), (found["skill"][i] < 2).int()
         for ax, image, name in zip(column, (right, can, right - can), (
                 "answered right", "Ratio Matching can", "difference")):
-            ax.imshow(image.T, origin="lower", vmin=-1, vmax=1, cmap="RdBu_r")
+            ax.imshow(image.T.numpy(), origin="lower", vmin=-1, vmax=1, cmap="RdBu_r")
             ax.set(xlabel="x", ylabel="y", title=f"shots: {found['shots'][i]}; {name}")
     grid.suptitle("One context, all queries (red: yes; blue: no, though Ratio Matching can)")
     return {"skills.png": fig, "skill_grid.png": grid}
@@ -274,11 +275,11 @@ def show_attention(lab, found):
     table("Attention from a query's y to examples on its line, as a multiple of an even spread",
           {"head": found["line"]}, f"even: 1.0; all on one line: about {lab.p + 1}", scale=1)
 
-def draw_attention(plt, lab, found):
+def draw_attention(subplots, lab, found):
     L, H, T = found["maps"].shape[:3]
-    fig, axes = plt.subplots(L, H, figsize=(2.3 * H, 2.5 * L), squeeze=False)
+    fig, axes = subplots(L, H, figsize=(2.3 * H, 2.5 * L), squeeze=False)
     for ax, weights, head in zip(axes.flat, found["maps"].flatten(0, 1), lab.heads):
-        image = ax.imshow(weights, vmin=0, vmax=1)
+        image = ax.imshow(weights.numpy(), vmin=0, vmax=1)
         ax.set(title=f"head {head}; line {found['line'][head]:.1f} times even", xticks=range(T),
                yticks=range(T), xticklabels=list("xyz" * 5)[:T], yticklabels=list("xyz" * 5)[:T])
     fig.colorbar(image, ax=axes, label="attention to column, mean over sequences", shrink=0.7)
@@ -360,10 +361,10 @@ def scatter(ax, plane, residue, p, like):
     k = torch.fft.fft(wave.index_add(0, logs, like[~zero]))[1:].abs().argmax() + 1
     return ax.scatter(*at[~zero].T, c=logs * k % (p - 1), cmap="hsv", s=8, vmin=0, vmax=p - 1)
 
-def draw_pca(plt, lab, found):
+def draw_pca(subplots, lab, found):
     (x, y), (one, two), (plane, double) = g.grid(lab.p).T, found["clearest"], found["planes"]
     few = torch.isin(x, g.powers(lab.p)[:3])                       # more would hide each other
-    fig, axes = plt.subplots(1, 2, figsize=(9, 4.2))
+    fig, axes = subplots(1, 2, figsize=(9, 4.2))
     for ax, title, points, residue in (
             (axes[0], f"head {one}; colour: x", plane.flatten(), x),
             (axes[1], f"head {two}, three x alone; colour: y", double.flatten()[few], y[few])):
@@ -441,17 +442,18 @@ def show_fourier(lab, found):
           found["kept"], f"at y, {found['queries']} queries; few are enough in the order that the "
           f"model uses; chance {100 / lab.p:.1f}")
 
-def draw_fourier(plt, lab, found):
-    fig, axes = plt.subplots(2, 4, figsize=(10, 5.2))
+def draw_fourier(subplots, lab, found):
+    fig, axes = subplots(2, 4, figsize=(10, 5.2))
     for row, f, name in zip(axes, found["examples"], ("a head's coordinate", "an MLP neuron")):
         for i, (order, by) in enumerate(zip(orders("multiplicative", lab.p, 1),
                                             ("by logarithm", "in random order"))):
             image, spectrum = row[2 * i:2 * i + 2]
             power = torch.fft.fftshift(character_power(f, *order))       # frequency 0 in the middle
             share, half = 100 * power / power.sum(), len(power) // 2
-            image.imshow(f[order[0][:, None], order[1]].T, origin="lower", cmap="RdBu_r")
+            ordered = f[order[0][:, None], order[1]].T                           # (y, x)
+            image.imshow(ordered.numpy(), origin="lower", cmap="RdBu_r")
             image.set(title=name, xlabel="x, " + by, ylabel="y, " + by, xticks=[], yticks=[])
-            spectrum.imshow(share.T, origin="lower", vmin=0, vmax=25, cmap="Greys",
+            spectrum.imshow(share.T.numpy(), origin="lower", vmin=0, vmax=25, cmap="Greys",
                             extent=2 * (-half - 0.5, half - 0.5))
             spectrum.set(title=f"its spectrum; the largest: {share.max():.0f}%",
                          xlabel="frequency in x", ylabel="frequency in y")
@@ -492,11 +494,11 @@ def show_similarity(lab, found):
     table("Cosine similarity, inputs of equal ratio y/x less unequal", found["gaps"],
           "0: the ratio does not matter; 2 would be the most", scale=1, digits=2)
 
-def draw_similarity(plt, lab, found):
+def draw_similarity(subplots, lab, found):
     x, ratio = g.powers(lab.p).repeat(lab.p - 1), g.powers(lab.p).repeat_interleave(lab.p - 1)
     inputs = x * lab.p + x * ratio % lab.p
-    fig, ax = plt.subplots(figsize=(5.6, 5))
-    image = ax.imshow(found["image"][inputs][:, inputs], vmin=-1, vmax=1, cmap="RdBu_r")
+    fig, ax = subplots(figsize=(5.6, 5))
+    image = ax.imshow(found["image"][inputs][:, inputs].numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
     fig.colorbar(image, label="cosine similarity", shrink=0.8)
     ax.set(title=f"{found['clearest']}: inputs (x, y) sorted by log(y/x), then by log x")
     return {"similarity.png": fig}
@@ -657,14 +659,14 @@ def show_votes(lab, found):
         table("Pairs that two heads fetch: those that need a head, and others, also with it held",
               found["heads"], "accuracy in %; held: at its mean, at the query's y")
 
-def draw_votes(plt, lab, found):
-    fig, (curves, grid, circle) = plt.subplots(1, 3, figsize=(10.5, 3))
+def draw_votes(subplots, lab, found):
+    fig, (curves, grid, circle) = subplots(1, 3, figsize=(10.5, 3))
     for name, style in ("model", "o-C0"), ("votes of pairs", "x--C1"), ("votes of singles", "+:C7"):
         values = [100 * row[name] for row in found["shots"].values()]
         curves.plot([*found["shots"]], values, style, label=name)
     curves.set(title="accuracy (%), no example on the line", xlabel="shots", ylim=(0, 104))
     curves.legend()
-    image = grid.imshow(100 * found["pairs"], vmin=0, vmax=100, origin="lower")
+    image = grid.imshow(100 * found["pairs"].numpy(), vmin=0, vmax=100, origin="lower")
     grid.set(title=f"two examples, p = {lab.p}", xlabel="offset of one", ylabel="of the other")
     fig.colorbar(image, ax=grid, label="accuracy (%)", shrink=0.8)
     angle = np.exp(2j * np.pi * np.arange(lab.p - 1) / (lab.p - 1))
@@ -710,8 +712,8 @@ def show_lessons(lab, found):
     table("Accuracy at the end of each lesson, in %, by skill", rows,
           f"free sequences of new tasks, second half, novel queries; chance {100 / lab.p:.1f}")
 
-def draw_lessons(plt, lab, found):
-    fig, ax = plt.subplots(figsize=(7.5, 3.6))
+def draw_lessons(subplots, lab, found):
+    fig, ax = subplots(figsize=(7.5, 3.6))
     for curve, name, style in zip(100 * found["accuracy"].T, CURVES, "C1- C2- C1-- C2--".split()):
         ax.plot(found["steps"], curve, style, label=name)
     place, apart = -math.inf, 0.04 * found["steps"][-1]
@@ -772,12 +774,12 @@ def show_phases(runs, found):
           "these: o.o.d. tasks,\ntrain inputs; phase: I, O: i.d., o.o.d.; M, G: memorization, "
           "generalization; ?: none of these")
 
-def draw_phases(plt, runs, found):
+def draw_phases(subplots, runs, found):
     kinds = {}                                               # {p, depth, alpha: {tasks: runs}}
     for name, row in sorted(found.items(), key=lambda item: int(item[1]["tasks"])):
         kind = kinds.setdefault("p {p}, depth {depth}, alpha {alpha}".format(**row), {})
         kind.setdefault(int(row["tasks"]), []).append(name)
-    fig, axes = plt.subplots(2, len(kinds), sharey="row", squeeze=False,
+    fig, axes = subplots(2, len(kinds), sharey="row", squeeze=False,
                              figsize=(2 + 3 * len(kinds), 5.5))
     for (ends, training), (title, kind) in zip(axes.T, kinds.items()):
         for what, style in zip((*SETS, "table"), "oC7-- vC7- oC0-- vC0- +k-".split()):
@@ -845,29 +847,52 @@ def save(out, found):
               for name, value in values.items() if isinstance(value, torch.Tensor)}
     np.savez_compressed(buffer := io.BytesIO(), **arrays)
     g.write_file(os.path.join(out, "analysis.npz"), buffer.getbuffer())
-    text = json.dumps(found, indent=1, default=lambda tensor: "in analysis.npz")
-    g.write_file(os.path.join(out, "analysis.json"), text.encode())
+    text = json.dumps(found, default=lambda tensor: "in analysis.npz")
+    found = json.loads(text, parse_constant=lambda name: None)           # JSON has no NaN
+    g.write_file(os.path.join(out, "analysis.json"), json.dumps(found, indent=1).encode())
+
+def pictures(draw, lab, found):
+    """{file name: PNG}. They have their own style, whatever the user's is, and leave none behind."""
+    first = "matplotlib" not in sys.modules
+    with mock.patch.dict(os.environ):                 # restores it
+        backend = os.environ.pop("MPLBACKEND", None)  # may not be installed: an error at import
+        import matplotlib
+        from matplotlib.figure import Figure          # without pyplot, which has a global state
+    if first and backend:                             # as import would have set it for others
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+
+    def subplots(*shape, figsize, **how):
+        figure = Figure(figsize)
+        return figure, figure.subplots(*shape, **how)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"font.size": 8, "figure.constrained_layout.use": True})
+        pngs = {}
+        for name, figure in draw(subplots, lab, found).items():
+            figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
+            pngs[name] = buffer.getbuffer()
+    return pngs
 
 def analyze(lab, parts, out):
     """Measure, print, draw and save each part."""
-    try:
-        from matplotlib import pyplot as plt
-        plt.switch_backend("agg")
-        plt.rcParams |= {"font.size": 8, "figure.constrained_layout.use": True}
-    except ImportError:
-        plt = None
-        print("No pictures: pip install matplotlib")
-    found, written = {}, ["analysis.json", "analysis.npz"]
+    found, written, no_pictures = {}, ["analysis.json", "analysis.npz"], ""
     for part in parts:
         measure, show, draw = SECTIONS[part]
         found[part] = measure(lab)
         show(lab, found[part])
         save(out, found)                                 # after each: Ctrl-C loses only one
-        for name, figure in (draw(plt, lab, found[part]) if plt and draw else {}).items():
-            figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
-            plt.close(figure)
-            g.write_file(os.path.join(out, name), buffer.getbuffer())
-            written.append(name)
+        try:
+            pngs = pictures(draw, lab, found[part]) if draw else {}
+        except ImportError:
+            pngs, no_pictures = {}, "No pictures: pip install matplotlib"
+        except Exception as e:                           # over its fonts, say, or its settings
+            pngs, no_pictures = {}, f"Not all pictures: {type(e).__name__} in matplotlib: {e}"
+        for name, content in pngs.items():
+            g.write_file(os.path.join(out, name), content)
+        written += pngs
+    if no_pictures:
+        print("\n" + no_pictures)
     print(f"\nWrote {', '.join(written)} to {out}")
 
 def main(argv=None):

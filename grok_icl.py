@@ -620,14 +620,17 @@ def mixed_precision(cfg, device):
 
 STATE = ("split", "step", "lessons", "learned", "history")   # of a run, beside weights, moments
 
+def new_model(cfg):
+    """A GPT with the seed's initial weights; the process's own random numbers stay as they are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        return GPT(cfg)
+
 def make_run(cfg, checkpoint=None):
     """A run's state, new or from a checkpoint; BadInput if that doesn't fit cfg."""
     device = pick_device(cfg.device)
-    with torch.random.fork_rng(devices=[]):           # a notebook's own random numbers stay
-        torch.manual_seed(cfg.seed)
-        model = GPT(cfg).to(device)
     run = SimpleNamespace(
-        split=make_split(cfg), device=device, model=model,
+        split=make_split(cfg), device=device, model=new_model(cfg).to(device),
         generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[], learned=[],
         lessons=[lesson.name for lesson in lessons(cfg)])
     run.optimizers = make_optimizers(run.model, cfg)
@@ -683,7 +686,7 @@ def load_checkpoint(path, device="cpu"):
     with refusing(f"{path}: damaged, or of another version of the code"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         known = {k: v for k, v in checkpoint["config"].items() if k in NAMES}
-        model = GPT(cfg := Config(**known)).float()       # whatever torch's default is
+        model = new_model(cfg := Config(**known)).float()        # whatever torch's default is
         model.load_state_dict(checkpoint["model"])
         torch.testing.assert_close(sample_logits(model), checkpoint["sample"], rtol=0.01, atol=0.02)
         checkpoint["split"], checkpoint["step"], checkpoint["history"]       # KeyError without

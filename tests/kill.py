@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -68,7 +69,7 @@ def files(folder):
         if kept[-1]:
             kept[-1]["config"]["out"] = ""
     path = os.path.join(folder, "metrics.csv")
-    return *kept, open(path).read() if os.path.exists(path) else ""
+    return *kept, Path(path).read_text() if os.path.exists(path) else ""
 
 
 def check_after_kill(folder, whole):

@@ -594,7 +594,7 @@ def quick(monkeypatch):
 
 def test_everything_for_a_run(tiny_run, tmp_path, quick, capsys):
     assert a.main([str(tiny_run), "--out", str(tmp_path)]) is None
-    numbers = json.load(open(tmp_path / "analysis.json"))
+    numbers = json.loads((tmp_path / "analysis.json").read_text())
     assert [*numbers, "phases"] == [*a.SECTIONS] and numbers["pca"]["planes"] == "in analysis.npz"
     with np.load(tmp_path / "analysis.npz") as arrays:
         assert arrays["shots/test_ood_test, model"].shape == (2, 6)
@@ -620,7 +620,7 @@ def test_the_shortest_sequences_can_be_analyzed(tmp_path, quick, capsys):
     run = g.make_run(cfg)
     g.save(run, cfg, "best.pt")
     assert a.main([str(tmp_path)]) is None
-    parts = json.load(open(tmp_path / "analysis.json"))
+    parts = json.loads((tmp_path / "analysis.json").read_text())
     assert "patching" in parts and "votes" not in parts
     assert a.main([str(tmp_path), "votes"]) == 2 and "votes: not of" in capsys.readouterr().err
 
@@ -655,9 +655,52 @@ def test_without_matplotlib_the_numbers_are_there(tiny_run, tmp_path, quick, mon
             raise ImportError(name)
         return real(name, *args)
     monkeypatch.setattr(builtins, "__import__", without)
-    assert a.main([str(tiny_run / "best.pt"), "patching", "--out", str(tmp_path)]) is None
+    assert a.main([str(tiny_run / "best.pt"), "skills", "patching", "--out",
+                   str(tmp_path)]) is None
     assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
-    assert "parts" in json.load(open(tmp_path / "analysis.json"))["patching"]
+    assert "parts" in json.loads((tmp_path / "analysis.json").read_text())["patching"]
+
+
+def strict(path):
+    """JSON as other programs read it, which know no NaN."""
+    def refuse(name):
+        raise ValueError(name)
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_json_is_json_also_where_a_number_is_missing(tmp_path):
+    a.save(str(tmp_path), {"part": {"mean": math.nan, "most": math.inf, "row": torch.ones(2)}})
+    assert strict(tmp_path / "analysis.json") == {
+        "part": {"mean": None, "most": None, "row": "in analysis.npz"}}
+
+
+@pytest.mark.parametrize("style", [
+    ("MPLBACKEND", "module://not.here"), ("MPLBACKEND", "nonsense"), ("text.usetex", "True")])
+def test_pictures_do_not_depend_on_the_users_matplotlib(style, tiny_run, tmp_path, monkeypatch):
+    need_matplotlib()
+    if style[0] == "MPLBACKEND":
+        monkeypatch.setenv(*style)
+    else:
+        (tmp_path / "matplotlibrc").write_text(": ".join(style))
+        monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path))
+    done = subprocess.run([sys.executable, str(ROOT / "analyze.py"), str(tiny_run / "best.pt"),
+                           "shots", "skills", "--out", str(tmp_path / "out")],
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "shots" in strict(tmp_path / "out" / "analysis.json")
+    assert (tmp_path / "out" / "skills.png").exists() and "Not all" not in done.stdout
+
+
+def test_a_notebook_keeps_its_pictures_style(tiny_run, tmp_path, quick, capsys):
+    need_matplotlib()
+    import matplotlib
+    from matplotlib import pyplot
+    matplotlib.rcParams["font.size"] = 23
+    before, backend, state = dict(matplotlib.rcParams), pyplot.get_backend(), torch.get_rng_state()
+    assert a.main([str(tiny_run / "best.pt"), "skills", "--out", str(tmp_path)]) is None
+    assert dict(matplotlib.rcParams) == before and pyplot.get_backend() == backend
+    assert not pyplot.get_fignums() and torch.equal(torch.get_rng_state(), state)
+    matplotlib.rcdefaults()
 
 
 def planted_run(out, **changes):
@@ -702,7 +745,7 @@ def test_a_sweep_is_shown(sweep, tmp_path, capsys):
     assert a.main(["phases", str(sweep), "--out", str(tmp_path)]) is None
     out = capsys.readouterr().out
     assert all(str(sweep / name) in out for name in ("0.5-8", "0.8-8", "0.8-12"))
-    assert len(json.load(open(tmp_path / "analysis.json"))["phases"]) == 3
+    assert len(json.loads((tmp_path / "analysis.json").read_text())["phases"]) == 3
 
 
 def test_pictures_of_a_sweep(sweep, tmp_path, capsys):
@@ -735,8 +778,8 @@ def test_half_written_pictures_replace_none(sweep, tmp_path, monkeypatch, capsys
         raise OSError("disk full")
     monkeypatch.setattr(Figure, "savefig", half)
     (tmp_path / "phases.png").write_bytes(b"old")
-    assert a.main(["phases", str(sweep), "--out", str(tmp_path)]) == 1
-    assert "disk full" in capsys.readouterr().err
+    assert a.main(["phases", str(sweep), "--out", str(tmp_path)]) is None
+    assert "Not all pictures: OSError" in capsys.readouterr().out
     pictures = {f.name: f.read_bytes() for f in tmp_path.glob("*.png")}
     assert pictures == {"phases.png": b"old"}
 
@@ -763,7 +806,8 @@ def test_output_that_nobody_reads_to_its_end_is_no_error(tmp_path):
         [sys.executable, "-u", str(ROOT / "analyze.py"), str(tmp_path / "run"), "shots", "skills"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
-    stderr = process.stderr.read()
+    with process.stderr:
+        stderr = process.stderr.read()
     assert process.wait() == 141 and "Traceback" not in stderr and "BrokenPipe" not in stderr
 
 
@@ -799,7 +843,8 @@ def test_bad_input_is_refused_in_one_line(argv, word, tiny_run, tmp_path, capsys
 
 def checkpoints():
     folder = ROOT / "assets"
-    return [pytest.param(row, id=row["file"]) for row in json.load(open(folder / "results.json"))]
+    return [pytest.param(row, id=row["file"]) for row in
+            json.loads((folder / "results.json").read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("row", checkpoints())

@@ -2,6 +2,7 @@
 Tests of grok_icl.py against references that share no code with it: brute force over Z_p, torch's
 own attention, complex arithmetic, planted predictors, scripted curves, and interrupted runs.
 """
+import ast
 import csv
 import dataclasses
 import errno
@@ -740,7 +741,7 @@ def test_a_compiled_run_on_cuda_learns_and_reports(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "on cuda" in done.stdout and "Phase:" in done.stdout
     checkpoint, cfg, model = g.load_checkpoint(tmp_path / "best.pt")
-    rows = list(csv.DictReader(open(tmp_path / "metrics.csv")))
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     assert float(rows[-1]["loss"]) < math.log(5) - 0.05          # of five residues, below chance's
     tokens = g.eval_sequences(checkpoint["split"], "val_ood", 512, 10, 5, cfg.seed + 1)["id_train"]
     again = g.evaluate(model, tokens)[0, -1].item()              # bfloat16 there, float32 here
@@ -838,7 +839,9 @@ def test_the_report_shows_what_model_and_oracles_score_on_novel_queries(
         assert row.split()[4:] == [f"{100 * v:.1f}" for v in expected]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143),
+    *([(signal.SIGUSR1, 128 + signal.SIGUSR1)] if hasattr(signal, "SIGUSR1") else [])])
 def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     out = tmp_path / "run"
     argv = [*TINY_FLAGS, "--steps", "100000", "--out", str(out)]
@@ -850,7 +853,7 @@ def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
     for _ in range(3):                                           # passed on by a launcher too
         process.send_signal(number)
     stdout = process.communicate(timeout=60)[0]
-    assert process.returncode == code and f"--resume --out '{out}'" in stdout
+    assert process.returncode == code and f"--resume --out {out}" in stdout
     assert torch.load(out / "last.pt", weights_only=True)["step"] > 0
 
 
@@ -947,7 +950,8 @@ def test_output_that_nobody_reads_to_its_end_is_no_error(tmp_path):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline().startswith("p 5")
     process.stdout.close()
-    stderr = process.stderr.read()
+    with process.stderr:
+        stderr = process.stderr.read()
     assert process.wait() == 141 and "Traceback" not in stderr and "BrokenPipe" not in stderr
     g.load_checkpoint(tmp_path / "last.pt")
 
@@ -956,6 +960,164 @@ def test_output_that_nobody_reads_to_its_end_is_no_error(tmp_path):
 def test_a_killed_run_is_resumed_as_if_nothing_had_been():
     done = run(["--kills", "4"], program=[str(ROOT / "tests" / "kill.py")])
     assert done.returncode == 0 and "4 kills" in done.stdout, done.stdout + done.stderr
+
+# -------------------------------------------------------------------------------------------------
+# Surroundings: variables that others set, a second start, a notebook's process, a cluster's restart
+# -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("variables", [
+    dict(RANK="8", WORLD_SIZE="", LOCAL_RANK="x", MPLBACKEND="nonsense"),
+    dict(RANK="1", WORLD_SIZE="2", PYTHONOPTIMIZE="2")])
+def test_variables_of_others_change_nothing(variables, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = run([*TINY_FLAGS, "--out", str(tmp_path)])
+    assert done.returncode == 0 and "Phase:" in done.stdout, done.stderr
+
+
+def started(argv, **kwargs):
+    """A training process that has made its folder and last.pt."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **kwargs)
+    assert process.stdout.readline().startswith("p 5")
+    return process
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_second_start_in_one_folder_is_refused_while_the_first_goes_on(tmp_path, resume):
+    endless = [*TINY_FLAGS, "--steps", "100000", "--out", str(tmp_path)]
+    with started(endless) as first:
+        second = run([*endless, *resume])
+        assert second.returncode == 2 and second.stderr.count("\n") == 1
+        assert "another process" in second.stderr and str(tmp_path) in second.stderr
+        assert first.poll() is None
+        first.kill()                                             # no chance to tidy up
+    with started([*endless, "--resume"]) as third:               # the dead one holds nothing
+        third.send_signal(signal.SIGTERM)
+        assert "Saved" in third.communicate()[0]
+
+
+def test_two_starts_at_once_make_one_run(tmp_path):
+    """Both look at an empty folder; one trains, the other says why not."""
+    argv = [sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS, "--out", str(tmp_path / "run")]
+    both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    said = [process.communicate() for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    [line] = [err for process, (_, err) in zip(both, said) if process.returncode == 2]
+    assert line.count("\n") == 1 and ("another process" in line or "holds a run" in line)
+
+
+def test_processes_write_under_different_names(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(g.os, "replace", lambda source, target: names.append(source))
+    for pid in (1, 2):
+        monkeypatch.setattr(g.os, "getpid", lambda: pid)
+        g.write_file(str(tmp_path / "file"), b"")
+    assert len(set(names)) == 2
+
+
+def test_a_folder_made_for_nothing_is_removed_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("mine")
+    for out in ("mine", "new/run"):
+        assert g.main([*TINY_FLAGS, "--device", "cuda:99", "--out", out]) == 2
+    assert rows_of(tmp_path) == ["mine"]
+
+
+def rows_of(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_notebook_keeps_its_random_numbers_and_its_output(fails, tmp_path, monkeypatch, capsys):
+    if fails:
+        monkeypatch.setattr(g, "train", lambda *args: no_space())
+    state, stdout = torch.get_rng_state(), sys.stdout
+    assert g.main([*TINY_FLAGS, "--out", str(tmp_path)]) == (1 if fails else None)
+    assert torch.equal(torch.get_rng_state(), state) and sys.stdout is stdout
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(tmp_path, monkeypatch):
+    """As a cluster does, which restarts a job with the command it was started with."""
+    argv = [*TINY_FLAGS, "--resume", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+        assert g.main(argv) == 143
+    assert g.main(argv) is None                                  # goes on
+    assert g.main(argv) is None                                  # is over; reports once more
+    steps = [r["step"] for r in csv.DictReader((tmp_path / "run/metrics.csv").open())]
+    assert steps == ["4", "8", "12"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+def test_the_printed_command_survives_a_shell(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "it's $HOME; \"mine\""
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+        assert g.main([*TINY_FLAGS, "--out", str(folder)]) == 143
+    command = capsys.readouterr().out.split("To go on: ")[1].strip()
+    command = command.replace("python grok_icl.py", f"{sys.executable} {ROOT / 'grok_icl.py'}", 1)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "Phase:" in done.stdout, done.stderr
+
+
+def test_a_torch_without_muon_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(torch.optim, "Muon")
+    flags = [*TINY_FLAGS, "--out", str(tmp_path / "run")]
+    assert g.main(flags) == 2 and not list(tmp_path.iterdir())
+    assert "--optimizer muon: must be adamw" in capsys.readouterr().err
+    assert g.main([*flags, "--optimizer", "adamw"]) is None
+
+
+def test_a_checkpoint_loads_under_another_default_dtype(half_a_run, tmp_path):
+    (tmp_path / "last.pt").write_bytes(half_a_run[0])
+    tokens = random_tokens(5, 10, 4)[:, :-1]
+    expected = g.load_checkpoint(tmp_path / "last.pt")[2](tokens)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(g.load_checkpoint(tmp_path / "last.pt")[2](tokens), expected,
+                                   rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_setting_that_is_no_more_is_named_where_it_matters(half_a_run, tmp_path, capsys):
+    """It is about training, so that a model can be looked at, but not trained on."""
+    checkpoint = torch.load(io.BytesIO(half_a_run[0]), weights_only=True)
+    checkpoint["config"]["dropout"] = 0.1
+    torch.save(checkpoint, tmp_path / "last.pt")
+    (tmp_path / "best.pt").write_bytes(half_a_run[1])
+    g.load_checkpoint(tmp_path / "last.pt")
+    assert g.main(["--resume", "--out", str(tmp_path)]) == 2
+    assert "dropout" in capsys.readouterr().err
+
+
+def test_sequences_may_be_longer_than_those_trained_on():
+    model, _ = model_and_tokens(examples=5)
+    assert model(random_tokens(7, 40, 2)[:, :-1]).shape == (2, 40, 7)
+
+
+def test_a_file_gets_each_line_at_once_and_no_bars(tmp_path):
+    """stdout and stderr as nohup or SLURM have them."""
+    with open(tmp_path / "err", "w") as err, open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS, "--steps", "100000",
+             "--out", str(tmp_path / "run")], stdout=log, stderr=err)
+        deadline = time.time() + 60
+        while "step" not in (tmp_path / "log").read_text() and time.time() < deadline:
+            time.sleep(0.05)
+        assert process.poll() is None and "step      4" in (tmp_path / "log").read_text()
+        process.kill()
+        process.wait()
+    assert (tmp_path / "err").read_text() == ""
+
+
+def test_no_assert_decides_about_what_a_user_gives():
+    """python -O leaves them out."""
+    for name in ("grok_icl.py", "analyze.py"):
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))
 
 # -------------------------------------------------------------------------------------------------
 # Bad input: one line that names the flag and what would do, exit code 2, nothing touched
