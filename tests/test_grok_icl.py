@@ -3,6 +3,7 @@ Tests of grok_icl.py against references that share no code with it: brute force 
 own attention, complex arithmetic, planted predictors, scripted curves, and interrupted runs.
 """
 import ast
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -975,24 +976,29 @@ def test_variables_of_others_change_nothing(variables, tmp_path, monkeypatch):
     assert done.returncode == 0 and "Phase:" in done.stdout, done.stderr
 
 
+@contextlib.contextmanager
 def started(argv, **kwargs):
-    """A training process that has made its folder and last.pt."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **kwargs)
-    assert process.stdout.readline().startswith("p 5")
-    return process
+    """A training process; at the end it is killed, however the test ends."""
+    with subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv], text=True,
+                          **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL} | kwargs
+                          ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
 def test_a_second_start_in_one_folder_is_refused_while_the_first_goes_on(tmp_path, resume):
     endless = [*TINY_FLAGS, "--steps", "100000", "--out", str(tmp_path)]
     with started(endless) as first:
+        assert first.stdout.readline().startswith("p 5")
         second = run([*endless, *resume])
         assert second.returncode == 2 and second.stderr.count("\n") == 1
         assert "another process" in second.stderr and str(tmp_path) in second.stderr
-        assert first.poll() is None
-        first.kill()                                             # no chance to tidy up
+        assert first.poll() is None                              # and is killed, untidily
     with started([*endless, "--resume"]) as third:               # the dead one holds nothing
+        assert third.stdout.readline().startswith("p 5")
         third.send_signal(signal.SIGTERM)
         assert "Saved" in third.communicate()[0]
 
@@ -1100,16 +1106,13 @@ def test_sequences_may_be_longer_than_those_trained_on():
 
 def test_a_file_gets_each_line_at_once_and_no_bars(tmp_path):
     """stdout and stderr as nohup or SLURM have them."""
-    with open(tmp_path / "err", "w") as err, open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS, "--steps", "100000",
-             "--out", str(tmp_path / "run")], stdout=log, stderr=err)
-        deadline = time.time() + 60
+    argv = [*TINY_FLAGS, "--steps", "100000", "--eval-every", "100", "--out", str(tmp_path / "run")]
+    with (open(tmp_path / "err", "w") as err, open(tmp_path / "log", "w") as log,
+          started(argv, stdout=log, stderr=err) as process):
+        deadline = time.time() + 60                              # no buffer is full by then
         while "step" not in (tmp_path / "log").read_text() and time.time() < deadline:
             time.sleep(0.05)
-        assert process.poll() is None and "step      4" in (tmp_path / "log").read_text()
-        process.kill()
-        process.wait()
+        assert process.poll() is None and "step    100" in (tmp_path / "log").read_text()
     assert (tmp_path / "err").read_text() == ""
 
 
