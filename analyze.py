@@ -852,7 +852,7 @@ def save(out, found):
     g.write_file(os.path.join(out, "analysis.json"), json.dumps(found, indent=1).encode())
 
 def pictures(draw, lab, found):
-    """{file name: PNG}. They have their own style, whatever the user's is, and leave none behind."""
+    """{file name: PNG}. Their style is not the user's, and none is left behind."""
     first = "matplotlib" not in sys.modules
     with mock.patch.dict(os.environ):                 # restores it
         backend = os.environ.pop("MPLBACKEND", None)  # may not be installed: an error at import

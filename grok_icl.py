@@ -672,7 +672,8 @@ def save(run, cfg, name):
     if not all(w.isfinite().all() for w in run.model.parameters()):
         raise FloatingPointError(f"at step {run.step} weights not finite; lower --lr or --embd-lr")
     state = {key: getattr(run, key) for key in STATE}
-    state |= dict(config=asdict(replace(cfg, resume=False)), model=run.model.state_dict(), device=run.device.type,
+    state |= dict(config=asdict(replace(cfg, resume=False)), device=run.device.type,
+                  model=run.model.state_dict(),
                   optimizers=[o.state_dict() for o in run.optimizers],
                   generator=run.generator.get_state(), sample=sample_logits(run.model))
     torch.save(state, buffer := io.BytesIO())
@@ -758,14 +759,14 @@ def command_to_resume(folder):
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 def checkpoint_of(cfg):
-    """last.pt of the run in cfg.out, to go on from, or None; BadInput if there is a run and no
-    --resume, or if best.pt, which the closing report will want, is of another run."""
+    """last.pt of the run in cfg.out, to go on from, or None if there is no run. BadInput if there
+    is one and no --resume, or if best.pt, which the closing report will want, is of another run."""
     files = [name for name in sorted(os.listdir(cfg.out))
              if name == "metrics.csv" or name.endswith(".pt")]
     if files and not cfg.resume:
         raise BadInput(f"--out {cfg.out}: holds a run. To go on with it: "
                        f"{command_to_resume(cfg.out)}; to start afresh: another --out")
-    if "last.pt" not in files:
+    if not files:
         return None
     checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))[0]
     odd = {*checkpoint["config"]} ^ {*NAMES}

@@ -1288,4 +1288,6 @@ def test_what_is_left_of_a_run_is_not_overwritten(name, tmp_path, capsys):
     (tmp_path / name).write_text("mine")
     assert g.main([*TINY_FLAGS, "--out", str(tmp_path)]) == 2
     assert "holds a run" in capsys.readouterr().err
+    assert g.main([*TINY_FLAGS, "--resume", "--out", str(tmp_path)]) == 2    # without last.pt
+    assert "last.pt: no such file" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "mine"
