@@ -475,7 +475,7 @@ def evaluate_and_save(run, cfg, sets, loss, title):
     save(run, cfg, "last.pt")
     tqdm.write("step {step:6d}  loss {loss:.3f}  i.d. {id_train:.2f}/{id_test:.2f}  o.o.d. "
                "{val_ood_train:.2f}/{val_ood_test:.2f}  ".format(**row) + title)
-    sys.stdout.flush()                                       # a file shows each line at once
+    print(end="", flush=True)                                # a file shows each line at once
 
 def report(run, cfg):
     """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""

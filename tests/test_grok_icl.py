@@ -11,6 +11,7 @@ import io
 import itertools
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -1114,6 +1115,13 @@ def test_a_file_gets_each_line_at_once_and_no_bars(tmp_path):
             time.sleep(0.05)
         assert process.poll() is None and "step    100" in (tmp_path / "log").read_text()
     assert (tmp_path / "err").read_text() == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+def test_it_trains_without_a_stdout(tmp_path):
+    """As a daemon may start it."""
+    argv = [sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS, "--out", str(tmp_path)]
+    assert subprocess.run(f"{shlex.join(argv)} >&-", shell=True, timeout=100).returncode == 0
 
 
 def test_no_assert_decides_about_what_a_user_gives():
