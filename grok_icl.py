@@ -76,7 +76,7 @@ class Config:
     snapshots: bool = option(False, False, "keep the weights of each evaluation, step100.pt, ...")
     device: str = option("auto", "auto", "cpu, cuda, mps, ...; auto: cuda if there is one")
     amp: str = option("auto", "auto", "autocast", choices=["auto", "bf16", "off"])
-    compile: str = option("auto", "auto", "torch.compile", choices=["auto", "on", "off"])
+    compile: bool = option(False, False, "torch.compile: pays on a GPU, from 20,000 steps on")
     out: str = option("", "", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, False, "continue the run in --out")
 
@@ -99,7 +99,6 @@ EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 2048       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
 LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
-COMPILE_PAYS = 20_000         # steps on a GPU, for compiling takes over a minute
 
 # ---------------------------------------------------------------- 2. Data: tasks, inputs, the split
 def grid(p):
@@ -564,7 +563,7 @@ def train(run, cfg, signals=()):
     input_lines = line_of(split["train_inputs"], cfg.p)
     sets = {name: tokens.to(run.device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
-    model = compiled_if_it_pays(run.model, cfg, run.device)
+    model = torch.compile(run.model) if cfg.compile else run.model
     with tqdm(initial=run.step, dynamic_ncols=True, disable=None) as bar:    # None: if no terminal
         while not (is_over(run, cfg) or signals):
             lesson = current_lesson(run, cfg)
@@ -598,11 +597,6 @@ def refusing(what):
         yield
     except Exception as e:
         raise BadInput(f"{what} ({type(e).__name__}: {str(e)[:80]})")
-
-def compiled_if_it_pays(model, cfg, device):
-    """The model as training calls it; on a short run compiling takes longer than it saves."""
-    pays = device.type == "cuda" and cfg.steps >= COMPILE_PAYS
-    return torch.compile(model) if cfg.compile == "on" or cfg.compile == "auto" and pays else model
 
 def pick_device(name):
     """The torch.device of that name; auto is CUDA or the CPU. BadInput where it isn't there."""
@@ -733,9 +727,7 @@ def parse_config(argv=None):
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Hold a run's folder, so that a second process is refused. If this process dies, the system
-    lets the folder go. What was made for nothing is removed."""
-    new = not os.path.isdir(folder)
+    """Hold a run's folder, made if need be. If this process dies, the system lets it go."""
     with refusing(f"--out {folder}: can't be written"):
         os.makedirs(folder, exist_ok=True)
         lock = FileLock(os.path.join(folder, ".lock"))
@@ -746,12 +738,7 @@ def alone_in(folder):
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(lock.lock_file)
         lock.release()
-        with contextlib.suppress(OSError):
-            if new:
-                os.removedirs(folder)                 # only what is empty
 
 def command_to_resume(folder):
     """For the shell at hand, whatever the folder's name."""
@@ -826,7 +813,7 @@ def complain(error, remedy="make --batch, --examples or --embd smaller"):
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in line:
         line = f"out of memory; {remedy}"
     elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        line = "torch.compile fails on this machine; try --compile off"
+        line = "torch.compile fails on this machine; try --no-compile"
     elif not isinstance(error, BadInput):
         raise error
     print("error: " + line, file=sys.stderr)

@@ -181,8 +181,7 @@ def main():
         return print(f"{own.run}: {operations_of_run(own.run):.2e} operations")
     cfg = g.parse_config([*rest, "--out", os.path.join(tempfile.gettempdir(), "never made")])
     on_gpu = g.pick_device(cfg.device).type == "cuda"
-    compiled = cfg.compile == "on" or cfg.compile == "auto" and on_gpu and (
-        cfg.steps >= g.COMPILE_PAYS)
+    compiled = cfg.compile
     block, batch = 20 if on_gpu else 1, cfg.batch
     steppers = {"as trained": Stepper(cfg, compiled=compiled),
                 "last block everywhere": Stepper(cfg, loss=everywhere_loss, compiled=compiled),
