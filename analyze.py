@@ -556,16 +556,18 @@ def show_patching(lab, found):
           found["parts"], f"at all x, y or z; without any change {100 * found['nothing']:.1f} and "
           f"{100 * found['unpatched']:.1f}: less if a part is needed, more if it carries the task")
 
-# -------------------------------------- Votes of pairs: how deeper models answer (not in the paper)
-# Question: how does a deeper model answer queries whose line no example is on: by two examples?
-# Method:   the *offset* of an example is how many steps of the logarithm its ratio y/x is below the
-#           query's. Ratio Matching fetches offset 0. Which others do heads fetch, which pairs of
-#           offsets are enough alone, and do the votes of all pairs make the model's answers?
-# If so:    pairs that two different heads fetch are solved, others are near chance.
-# If not:   no pair is solved, or also those that one head fetches. No input is on an axis here.
+# ------------------------------- Votes: how deeper models combine examples (not in the paper)
+# Question: how does a deeper model answer queries whose line no example is on?
+# Method:   ask which task (a, b) each example implies for each answer z. Do the log-probabilities
+#           go by whether the examples agree on one *character* of a, its logarithm mod d? And the
+#           *offset* of an example is by how many steps of the logarithm its ratio y/x is below the
+#           query's. Which offsets do heads fetch, and which pairs of offsets are enough alone?
+# If by one character: one coefficient is far above the others. If by pairs: some are solved.
+# If by neither: no coefficient stands out, no pair is solved. No input is on an axis here.
 def at_offsets(lab, offsets):
     """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3)."""
-    m, generator, tasks = lab.p - 1, torch.Generator().manual_seed(SEED), lab.split["test_ood"]
+    m, generator = lab.p - 1, torch.Generator().manual_seed(SEED)
+    tasks = lab.split["test_ood"][(lab.split["test_ood"] > 0).all(1)]    # 0 has no logarithm
     offsets = F.pad(offsets, (0, 1))                                     # the query's own is 0
     log_ratio = torch.randint(m, (len(offsets), 1), generator=generator) - offsets
     log_x = torch.randint(m, offsets.shape, generator=generator)
@@ -573,18 +575,93 @@ def at_offsets(lab, offsets):
     chosen = torch.randint(len(tasks), (len(offsets),), generator=generator)
     return g.to_tokens(tasks[chosen], inputs, lab.p)
 
-@torch.no_grad()
-def vote(lab, tokens, size):
-    """The z (B,) with the most votes of every `size` examples: when these alone stand before the
-    query, they vote with their log-probabilities. All examples together are the model itself."""
-    *examples, query = tokens.to(lab.device).split(3, dim=1)
-    return sum(lab.model(torch.cat((*few, query), dim=1)[:, :-1])[:, -1].log_softmax(-1)
-               for few in itertools.combinations(examples, size)).argmax(-1).cpu()
+def off_line(lab, shots, n):
+    """at_offsets, n sequences of so many examples on different lines, none on the query's."""
+    order = torch.rand(n, lab.p - 2, generator=torch.Generator().manual_seed(SEED)).argsort(1)
+    return at_offsets(lab, 1 + order[:, :shots])
 
-def accuracy_of_pairs(lab, pairs, run=answers):
-    """Of run(lab, tokens) after two examples at these offsets, pairs (n, 2): (n,)."""
+@torch.no_grad()
+def log_probabilities(lab, tokens):
+    """Of each z at the last query of tokens (B, 3k + 3), less their mean: (B, p)."""
+    logits = torch.cat([lab.model(t[:, :-1].to(lab.device))[:, -1].float().cpu()
+                        for t in tokens.split(g.CHUNK)])
+    return logits - logits.mean(1, keepdim=True)                 # what log_softmax adds is no more
+
+def implied_tasks(tokens, p):
+    """The task (a, b) that goes through an example and the last query of tokens (B, 3k + 3) if the
+    query's answer is 0, 1, ..., p - 1: (B, k, p, 2). No example may be on the query's line."""
+    inverse = torch.tensor([0] + [pow(n, -1, p) for n in range(1, p)])
+    u, v, w = tokens[:, :-3].unflatten(1, (-1, 3)).unsqueeze(2).unbind(-1)           # (B, k, 1)
+    x, y = tokens[:, None, None, -3], tokens[:, None, None, -2]                      # (B, 1, 1)
+    z, scale = torch.arange(p), inverse[(u * y - v * x) % p]     # by Cramer's rule
+    return torch.stack(((w * y - v * z) * scale, (u * z - w * x) * scale), dim=-1) % p
+
+def characters(order):
+    """chi_m(n) = exp(2 pi i m u / (p - 1)), u being the place of n in order (p - 1,), and 0 for
+    n = 0: (p, (p - 1) / 2), for m = 1, 2, ...; the others are conjugates of these."""
+    m = len(order)
+    turns = order.argsort()[:, None] * torch.arange(1, m // 2 + 1) / m               # of 1, 2, ...
+    return F.pad(torch.exp(2j * torch.pi * turns), (0, 0, 1, 0))
+
+def agreement(values, chi):
+    """How far the examples agree, |sum over them of chi|^2 / k, less the mean over the answers:
+    values (B, k, p), chi (p, M) -> (B, p, M)."""
+    squares = chi[values].sum(1).abs().square() / values.size(1)                     # (B, p, M)
+    return squares - squares.mean(1, keepdim=True)
+
+def regress(target, agreements):
+    """Least squares of target (B, p) on agreements (B, p, M): (weights (M,), R^2)."""
+    x, y = agreements.flatten(0, 1).double(), target.flatten().double()
+    weights = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    return weights, 1 - ((y - x @ weights).square().sum() / y.square().sum()).item()
+
+def functions_of(implied, p):
+    """{name: (B, k, p)}: a, b and all a + r b of implied tasks (B, k, p, 2)."""
+    a, b = implied.unbind(-1)
+    return {"a": a, "b": b} | {f"a + {r} b": (a + r * b) % p for r in range(1, p)}
+
+def measure_characters(lab):
+    """After three examples, of that "function" of the task that explains the answers best: the
+    "weights" (M,) of the characters, "share" of the largest, and "R^2" beside others and nulls."""
+    tokens, order = off_line(lab, 3, 8 * SEQUENCES), g.powers(lab.p)
+    target, chi = log_probabilities(lab, tokens), characters(order)
+    values = functions_of(implied_tasks(tokens, lab.p), lab.p)
+    fits = {name: regress(target, agreement(v, chi)) for name, v in values.items()}
+    best, second = sorted(fits, key=lambda name: -fits[name][1])[:2]
+    random = [regress(target, agreement(values[best], characters(o)))[1]
+              for o in orders("multiplicative", lab.p, 20)[1:, 0]]
+    others = torch.cat((tokens[:, :-3].roll(1, 0), tokens[:, -3:]), dim=1)
+    foreign = functions_of(implied_tasks(others, lab.p), lab.p)[best]
+    weights = fits[best][0].clamp(min=0)
+    return {"function": best, "weights": fits[best][0],
+            "share": (weights.max() / weights.sum()).item(), "R^2": {
+                best: fits[best][1], f"next: {second}": fits[second][1],
+                "random order": max(random),
+                "other examples": regress(target, agreement(foreign, chi))[1]}}
+
+def measure_labels(lab):
+    """How often right answers stay if the z of one of four examples is changed, by whether the a,
+    or b, that it implies keeps its class: {"log a mod d": {"kept", "changed"}, ...}."""
+    p, tokens = lab.p, off_line(lab, 4, 32 * SEQUENCES)
+    changed, generator = tokens.clone(), torch.Generator().manual_seed(SEED)
+    changed[:, 2] += torch.randint(1, p, (len(tokens),), generator=generator)
+    changed[:, 2] %= p
+    said, now = (log_probabilities(lab, t).argmax(1) for t in (tokens, changed))
+    rows, right, log = {}, said == tokens[:, -1], F.pad(g.powers(p).argsort(), (1, 0), value=-1)
+    each = torch.arange(len(tokens))
+    old, new = (implied_tasks(t, p)[each, 0, tokens[:, -1]] for t in (tokens, changed))  # (B, 2)
+    for i, d in itertools.product((0, 1), (2, 3, 4)):
+        if (p - 1) % d == 0:
+            kept = (log[old[:, i]] % d == log[new[:, i]] % d) & (new[:, i] > 0)
+            rows[f"log {'ab'[i]} mod {d}"] = {
+                name: (now == said)[right & which].float().mean().item()
+                for name, which in (("kept", kept), ("changed", ~kept))}
+    return rows
+
+def accuracy_of_pairs(lab, pairs):
+    """Of the model after two examples at these offsets, pairs (n, 2): (n,)."""
     tokens = at_offsets(lab, torch.cat((pairs, pairs.flip(1))).repeat(EACH_PAIR, 1))
-    said = torch.cat([run(lab, t)[:, -1] for t in tokens.split(g.CHUNK)])
+    said = log_probabilities(lab, tokens).argmax(1)
     return (said == tokens[:, -1]).float().view(2 * EACH_PAIR, len(pairs)).mean(0)
 
 def attention_by_offset(lab):
@@ -603,69 +680,103 @@ def by_two_heads(fetches, pairs):
     all_choices, same_head_twice = one.sum(0) * other.sum(0), (one * other).sum(0)
     return all_choices > same_head_twice
 
-def votes_by_shots(lab, solved):
-    """{shots: ...}: how model and votes do; solved (p - 1, p - 1): which pairs are, alone."""
-    rows, generator = {}, torch.Generator().manual_seed(SEED)
-    for n in [n for n in (2, 3, 4, 6, 8, 12) if n < lab.k]:
-        offsets = torch.randint(1, lab.p - 1, (4 * SEQUENCES, 2 * n), generator=generator)
-        tokens = at_offsets(lab, offsets)               # n examples, n more of the task, a query
-        ours, z = torch.cat((tokens[:, :3 * n], tokens[:, -3:]), dim=1), tokens[:, -1]
-        model, singles, pairs = (vote(lab, ours, size) for size in (n, 1, 2))
-        right, others = model == z, vote(lab, tokens[:, 3 * n:], 2)
-        good = solved[offsets[:, :n, None], offsets[:, None, :n]].any(2).any(1)
-        values = {"model": right, "votes of singles": singles == z, "votes of pairs": pairs == z,
-                  "same errors": (pairs == model)[~right], "by others": (others == model)[~right],
-                  "no solved pair": right[~good], "a solved pair": right[good]}
-        rows[n] = {name: value.float().mean().item() for name, value in values.items()}
-    return rows
-
-def measure_votes(lab):
-    """Tables "shots", "kinds", "heads"; "attention" (heads, p - 1), "pairs" (p - 1, p - 1)."""
+def measure_pairs(lab):
+    """{"attention" (heads, p - 1), "pairs" (p - 1, p - 1): accuracy, "kinds": by who fetches them,
+    "heads": {head: offsets that it fetches}}."""
     m, attention = lab.p - 1, attention_by_offset(lab)
     even = attention[:, 1:].mean(1, keepdim=True)                # what a head has for any offset
     fetches = ((attention > FETCHED) & (attention > 2 * even)).float()
     pairs = torch.combinations(torch.arange(1, m))                                   # (n, 2)
     right, two = accuracy_of_pairs(lab, pairs), by_two_heads(fetches, pairs)
-    both = (fetches.sum(0) > 0)[pairs].all(1)                    # by one head or by two
-    by_offset = torch.full((m, m), math.nan)
-    by_offset[tuple(pairs.T)] = by_offset[tuple(pairs.flip(1).T)] = right
-    tokens = at_offsets(lab, pairs.repeat(math.ceil(g.CHUNK / len(pairs)), 1))
-    seen = record(sites(lab.model), lambda: answers(lab, tokens))
-    means, heads = {site: values.mean(0) for site, values in seen.items()}, {}
-    for h in fetches[:, 1:].sum(1).nonzero()[:, 0].tolist():
-        held = accuracy_of_pairs(lab, pairs[two], lambda lab, tokens: answers_with(
-            lab, tokens, means, [(f"head {lab.heads[h]}", slice(7, 8))]))          # the query's y
-        rest = by_two_heads(torch.cat((fetches[:h], fetches[h + 1:])), pairs[two])
-        offsets = " ".join(str(o) for o in fetches[h].nonzero()[:, 0].tolist())
-        heads[lab.heads[h]] = {"offsets": offsets} | {
-            f"{name}{how}": values[which].mean().item()
-            for name, which in (("need it", ~rest), ("others", rest))
-            for how, values in (("", right[two]), (", held", held))}
+    both, solved = (fetches.sum(0) > 0)[pairs].all(1), right > 0.5         # by one head or by two
+    grid = torch.full((m, m), math.nan)
+    grid[tuple(pairs.T)] = grid[tuple(pairs.flip(1).T)] = right
     kinds = {"two heads": two, "one head": both & ~two, "not both fetched": ~both}
-    kinds = {name: {"pairs": str(int(kind.sum())), "solved": str(int((right[kind] > 0.5).sum())),
+    kinds = {name: {"pairs": str(int(kind.sum())), "solved": str(int(solved[kind].sum())),
+                    "expected": f"{(solved.float().mean() * kind.sum()).item():.1f}",
                     "accuracy": right[kind].mean().item()} for name, kind in kinds.items()}
-    return {"shots": votes_by_shots(lab, by_offset > 0.5), "kinds": kinds, "heads": heads,
-            "attention": attention, "pairs": by_offset}
+    heads = {head: " ".join(map(str, f.nonzero()[:, 0].tolist()))
+             for head, f in zip(lab.heads, fetches) if f[1:].any()}
+    best = right.argsort(descending=True)[:3]
+    best = dict(zip(map(str, map(tuple, pairs[best].tolist())), right[best].tolist()))
+    return {"attention": attention, "pairs": grid, "kinds": kinds, "heads": heads, "best": best,
+            "solved": int(solved.sum())}
+
+def measure_rule(lab, function):
+    """{shots: accuracy of the "model", and of "order d": the answer with the largest |sum| of a
+    character of that order of the function of the task, ties shared evenly}."""
+    rows, p = {}, lab.p
+    for shots in [n for n in (1, 2, 3, 4, 6, 8, 12) if n < min(lab.k, p - 1)]:
+        tokens = off_line(lab, shots, 8 * SEQUENCES)
+        right = log_probabilities(lab, tokens).argmax(1) == tokens[:, -1]
+        values = functions_of(implied_tasks(tokens, p), p)[function]
+        scores = agreement(values, characters(g.powers(p)))                          # (B, p, M)
+        best = (scores > scores.amax(1, keepdim=True) - 1e-4).float()
+        rule = (best / best.sum(1, keepdim=True))[torch.arange(len(tokens)), tokens[:, -1]].mean(0)
+        rows[shots] = {"model": right.float().mean().item()} | {
+            f"order {(p - 1) // m}": rule[m - 1].item() for m in range(1, (p + 1) // 2)
+            if (p - 1) % m == 0}
+    return rows
+
+def measure_zeros(lab):
+    """{where the 0 is: accuracy on regression queries, second half of the sequence}."""
+    n, k = 16 * SEQUENCES, lab.k
+    tokens = g.eval_sequences(lab.split, "test_ood", n, k, lab.p, SEED)["test_ood_train"]
+    right = torch.cat([answers(lab, t, everywhere=False) for t in tokens.split(g.CHUNK)])
+    asked = (skill_of(tokens, lab.p) == 2) & (torch.arange(k) >= k // 2)             # (n, k)
+    tasks, xyz = lab.split["test_ood"], tokens.unflatten(1, (-1, 3))                 # (n, k, 3)
+    a, b = (tasks[torch.arange(n) % len(tasks)] == 0).T[:, :, None]                  # (n, 1)
+    x, y = (xyz[..., :2] == 0).unbind(-1)
+    return {name: (right == xyz[..., 2])[asked & which].float().mean().item() for name, which in (
+        ("nothing", ~(a | b | x | y)), ("a", a), ("b", b), ("x", x), ("y", y))}
+
+def kind_of(found):
+    """What a model compares, in words, by share, R^2 and the number of solved pairs."""
+    best, second, *_ = found["R^2"].values()
+    if found["share"] > 1 / 2 and best > 1.2 * second:
+        m, n = int(found["weights"].argmax()) + 1, 2 * len(found["weights"])
+        return f"one character of {found['function']}, of order {n // math.gcd(m, n)}"
+    return "pairs of offsets" if found["share"] < 1 / 3 and found["solved"] > 2 else "neither"
+
+def measure_votes(lab):
+    """All of these together, and the "kind" of the model."""
+    found = measure_characters(lab) | measure_pairs(lab)
+    return found | {"kind": kind_of(found), "labels": measure_labels(lab),
+                    "shots": measure_rule(lab, found["function"]), "zeros": measure_zeros(lab)}
 
 def show_votes(lab, found):
-    table("Queries whose line no example is on: accuracy of model and of votes, in %",
-          found["shots"], "by shots; same errors: of the model's wrong answers, how many votes of "
-          "pairs give too, and\nthose of other examples of the task; a solved pair: alone it is "
-          f"right in over half; chance {100 / lab.p:.1f}")
+    n, pairs = lab.p - 1, [f"{pair} {100 * r:.0f}%" for pair, r in found["best"].items()]
+    heads = [f"head {head}: {offsets}" for head, offsets in found["heads"].items()]
+    table(f"Logits of the answers on the characters of {found['function']}: R^2, in %",
+          {"three examples": found["R^2"]}, "next: the next best function of the task; random "
+          "order: the best of 20;\nother examples: those of another context")
+    table("Weights of the characters", {"weight": {
+        f"m {m}: order {n // math.gcd(m, n)}": w
+        for m, w in enumerate(found["weights"].tolist(), 1)}}, scale=1, digits=2)
+    table("Right answers that stay if the z of one of four examples is changed, in %",
+          found["labels"], "by whether the a, or b, that it implies keeps its class")
     table("Accuracy after two examples, in %, by who fetches them", found["kinds"],
           "fetch: over a tenth of a head's attention, and twice its mean over all offsets but 0;\n"
-          "solved: right in over half")
-    if found["heads"]:
-        table("Pairs that two heads fetch: those that need a head, and others, also with it held",
-              found["heads"], "accuracy in %; held: at its mean, at the query's y")
+          "solved: right in over half; expected: if it did not matter who fetches\n"
+          f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
+    table("Accuracy by shots, in %: the model, and the largest |sum| of a character",
+          found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}")
+    table("Regression queries, by what is 0, in %", {"second half": found["zeros"]})
+    print(f"\nKind: {found['kind']} (the largest weight is {100 * found['share']:.0f}% of all)")
 
 def draw_votes(subplots, lab, found):
-    fig, (curves, grid, circle) = subplots(1, 3, figsize=(10.5, 3))
-    for name, style in ("model", "o-C0"), ("votes of pairs", "x--C1"), ("votes of singles", "+:C7"):
+    fig, (curves, bars, grid, circle) = subplots(1, 4, figsize=(12.5, 3))
+    for name in next(iter(found["shots"].values())):
+        style = "o-k" if name == "model" else "x--"
         values = [100 * row[name] for row in found["shots"].values()]
-        curves.plot([*found["shots"]], values, style, label=name)
+        curves.plot([*found["shots"]], values, style, label=name, lw=1, ms=4)
     curves.set(title="accuracy (%), no example on the line", xlabel="shots", ylim=(0, 104))
-    curves.legend()
+    curves.legend(title="largest |sum| of a character")
+    m = range(1, len(found["weights"]) + 1)
+    bars.bar(m, found["weights"].tolist())
+    bars.set(title=f"weights of the characters of {found['function']}", xlabel="m, and its order",
+             xticks=m, xticklabels=[f"{i}\n{2 * len(m) // math.gcd(i, 2 * len(m))}" for i in m])
+    bars.tick_params(labelsize=6)
     image = grid.imshow(100 * found["pairs"].numpy(), vmin=0, vmax=100, origin="lower")
     grid.set(title=f"two examples, p = {lab.p}", xlabel="offset of one", ylabel="of the other")
     fig.colorbar(image, ax=grid, label="accuracy (%)", shrink=0.8)
@@ -822,7 +933,7 @@ def open_lab(path, device, file="best.pt"):
     checkpoint, cfg, model = g.load_checkpoint(file, device)
     as_in_the_paper = torch.equal(g.features(g.grid(cfg.p), cfg.p), g.grid(cfg.p))
     snapshots = glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "step*.pt"))
-    possible = {"votes": as_in_the_paper and cfg.p > 3 and cfg.examples > 2,
+    possible = {"votes": as_in_the_paper and cfg.p > 5 and cfg.examples > 4,
                 "similarity": as_in_the_paper, "lessons": len(snapshots) > 0, "phases": False}
     return SimpleNamespace(
         model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, observed=None,
@@ -917,8 +1028,8 @@ def main(argv=None):
         parts = ["phases"] if phases else args.parts or lab.parts
         for part in parts:
             if not phases and part not in lab.parts:
-                raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: three examples, p "
-                                 "above 3; votes, similarity: the paper's rule; lessons: "
+                raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: five examples, p "
+                                 "above 5; votes, similarity: the paper's rule; lessons: "
                                  "--snapshots)")
         out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])

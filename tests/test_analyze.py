@@ -3,8 +3,10 @@ Tests of analyze.py: every measure on a planted signal or model whose answer is 
 where its null must say no; brute force over Z_p as reference; the command line on what isn't there.
 """
 import builtins
+import cmath
 import csv
 import doctest
+import functools
 import itertools
 import json
 import math
@@ -417,20 +419,106 @@ def test_pairs_of_a_planted_solver_are_found(monkeypatch):
     assert right.pop((1, 3)) == right.pop((2, 5)) == 1 and max(right.values()) < 0.5
 
 
-def test_votes_tell_a_solver_of_pairs_from_others(monkeypatch):
+def tasks_by_search(example, query, answer, p):
+    """All (a, b) that give an example (u, v, w) its w and a query (x, y) that answer."""
+    (u, v, w), (x, y) = example, query
+    return [(c, d) for c in range(p) for d in range(p)
+            if (c * u + d * v - w) % p == 0 and (c * x + d * y - answer) % p == 0]
+
+
+def test_each_answer_implies_the_task_that_a_search_finds():
+    lab = planted_lab(p=7)
+    tokens = a.off_line(lab, 3, 20)
+    implied = a.implied_tasks(tokens, 7)
+    for row, tasks in zip(tokens.tolist(), implied.tolist()):
+        for i, answer in itertools.product(range(3), range(7)):
+            assert tasks_by_search(row[3 * i:3 * i + 3], row[-3:-1], answer, 7) == [
+                tuple(tasks[i][answer])]
+
+
+def test_off_line_no_example_shares_a_line_with_another_or_the_query():
+    lab = planted_lab(p=7)
+    for row in a.off_line(lab, 4, 50).tolist():
+        lines = [next(r for r in range(1, 7) if (r * x - y) % 7 == 0)
+                 for x, y in zip(row[::3], row[1::3])]
+        assert len({*lines}) == 5
+
+
+def follower_of(name, order, p=11):
+    """A model whose logit of z is |sum over the examples of exp(2 pi i log n / order)|^2, n being
+    the a, b or a + 2 b that the example implies; all by search."""
+    def value(task):
+        c, d = task
+        return {"a": c, "b": d, "a + 2 b": (c + 2 * d) % p}[name]
+
+    @functools.cache
+    def unit(example, query, answer):
+        [task] = tasks_by_search(example, query, answer, p)
+        n = torch.tensor([value(task)])
+        return cmath.exp(2j * cmath.pi * log(n, p).item() / order) if n > 0 else 0
+
+    def model(tokens, asking=g.EACH_Y):
+        logits = torch.zeros(len(tokens), tokens.size(1), p)
+        for b, row in enumerate(tokens.tolist()):
+            *examples, query = [tuple(row[i:i + 3]) for i in range(0, len(row), 3)]
+            for answer in range(p):
+                units = [unit(example, query[:2], answer) for example in examples]
+                logits[b, -1, answer] = abs(sum(units)) ** 2
+        return logits[:, asking]
+    return model
+
+
+@pytest.mark.parametrize("name, order, m", [("a", 2, 5), ("b", 5, 2), ("a + 2 b", 10, 1)])
+def test_the_character_that_a_model_compares_is_found(name, order, m, monkeypatch):
+    monkeypatch.setattr(a, "SEQUENCES", 4)
+    lab = planted_lab(follower_of(name, order), p=11, tasks=40, examples=5)
+    found = a.measure_characters(lab) | {"solved": 0}
+    assert found["function"] == name and found["weights"].argmax() == m - 1
+    fit, following, random, others = found["R^2"].values()
+    assert fit == pytest.approx(1, abs=1e-4) and found["share"] == pytest.approx(1, abs=1e-3)
+    assert max(following, random) < 0.9 and others < 0.2
+    assert a.kind_of(found) == f"one character of {name}, of order {order}"
+    rule = a.measure_rule(lab, name)
+    assert rule[3]["model"] == pytest.approx(rule[3][f"order {order}"], abs=0.15)    # ties: argmax
+
+
+def test_a_changed_label_matters_if_it_changes_the_class(monkeypatch):
+    """A model that compares squares: the answer stays where the implied a keeps its class."""
     monkeypatch.setattr(a, "SEQUENCES", 8)
-    solved = torch.zeros(6, 6, dtype=torch.bool)
-    solved[1, 3] = solved[3, 1] = True
-    split = {"test_ood": torch.tensor([(2, 3), (3, 5), (6, 4)])}
-    lab = planted_lab(solver_of([{1, 3}]), examples=5)
-    lab.split = split
-    row = a.votes_by_shots(lab, solved)[4]
-    assert row["votes of pairs"] == row["model"] > row["votes of singles"] + 0.1
-    assert row["same errors"] == row["a solved pair"] == 1 > 0.6 > row["no solved pair"]
-    lab = planted_lab(exact("ratio"), examples=5)                # off all lines it says 0
-    lab.split = split
-    for row in a.votes_by_shots(lab, solved).values():
-        assert max(row["model"], row["votes of pairs"]) < 0.3
+    rows = a.measure_labels(planted_lab(follower_of("a", 2), p=11, tasks=40))
+    kept, changed = rows["log a mod 2"].values()                 # others may tie with an answer
+    assert kept > 0.7 > 0.4 > changed
+    assert [*rows] == ["log a mod 2", "log b mod 2"]             # of order 10
+    assert abs(rows["log b mod 2"]["kept"] - rows["log b mod 2"]["changed"]) < 0.3
+
+
+def test_kinds_are_told_by_weights_fits_and_solved_pairs():
+    def kind(weights, fits, solved):
+        weights = torch.tensor(weights)
+        return a.kind_of({"weights": weights, "share": (weights.max() / weights.sum()).item(),
+                          "R^2": dict(zip("abcd", fits)), "function": "a", "solved": solved})
+    flat, sharp = [.1] * 6, [.1, .1, .9, .1, .1, 0.]
+    assert kind(sharp, [.4, .3, 0, 0], 5) == "one character of a, of order 4"        # mod 13
+    assert kind(sharp, [.4, .35, 0, 0], 5) == kind(flat, [.4, .3, 0, 0], 2) == "neither"
+    assert kind(flat, [.4, .3, 0, 0], 3) == "pairs of offsets"
+
+
+def test_zeros_are_where_their_names_say(monkeypatch):
+    """A model that is right just if its task has a = 0, then just if y = 0."""
+    monkeypatch.setattr(a, "SEQUENCES", 16)
+    lab = planted_lab(p=7, examples=8)
+    lab.split["test_ood"] = torch.tensor([(0, 3), (2, 0), (3, 4), (0, 5)])
+    lab.split["train_inputs"] = g.grid(7)
+    for name, is_right in (("a", lambda z, y, n: n % 4 in (0, 3)), ("y", lambda z, y, n: y == 0)):
+        def answers(lab, tokens, everywhere):
+            z, y = tokens[:, 2::3], tokens[:, 1::3]
+            return torch.where(torch.as_tensor(
+                [[bool(is_right(z[i, j], y[i, j], i)) for j in range(z.size(1))]
+                 for i in range(len(z))]), z, (z + 1) % 7)
+        monkeypatch.setattr(a, "answers", answers)
+        found = a.measure_zeros(lab)
+        assert found[name] == 1 and found["nothing"] == 0 and all(
+            0 <= found[other] < 1 for other in "abxy" if other != name)
 
 
 def test_a_pair_takes_two_different_heads():
@@ -442,8 +530,8 @@ def test_a_pair_takes_two_different_heads():
     assert not a.by_two_heads(fetches[:1], pairs).any()          # one head alone solves none
 
 
-def test_heads_that_fetch_are_found_and_matter(monkeypatch):
-    """Heads that look at offsets 2 and 3; answers that are right unless one is held."""
+def test_heads_that_fetch_are_found(monkeypatch):
+    """Heads that look at offsets 2 and 3, which are the pair that is solved."""
     monkeypatch.setattr(a, "EACH_PAIR", 10)
     lab = planted_lab(solver_of([{2, 3}]), examples=5)
     lab.model.blocks = g.GPT(lab.cfg).blocks                     # for their modules' names alone
@@ -452,8 +540,6 @@ def test_heads_that_fetch_are_found_and_matter(monkeypatch):
     monkeypatch.setattr(a, "at_offsets", lambda lab, o: asked.append(o) or at_offsets(lab, o))
 
     def record(modules, run, at=slice(None)):
-        if 0 not in modules:                                     # sites: the means, not used here
-            return {site: torch.zeros(1, 1) for site in modules}
         run()
         offsets = asked[-1]
         scores = torch.full((len(offsets), 2, 15, 15), -5.0)
@@ -462,24 +548,14 @@ def test_heads_that_fetch_are_found_and_matter(monkeypatch):
         even = torch.full_like(scores, -5.0)                     # looks at all examples alike
         even[:, :, -2, 2:-1:3] = 5
         return {0: scores, 1: even}
-    held = []
-
-    def answers_with(lab, tokens, values, changes):
-        held.extend(changes)
-        return torch.zeros(len(tokens), 1, dtype=torch.long)
     monkeypatch.setattr(a, "record", record)
-    monkeypatch.setattr(a, "answers_with", answers_with)
-    monkeypatch.setattr(a, "votes_by_shots", lambda lab, solved: solved)
-    found = a.measure_votes(lab)
-    assert [row["offsets"] for row in found["heads"].values()] == ["2", "3"]
-    assert list(found["heads"]) == ["0.0", "0.1"]
-    assert {part for part, _ in held} == {"head 0.0", "head 0.1"}
-    assert found["kinds"]["two heads"] == {"pairs": "1", "solved": "1", "accuracy": 1.0}
+    found = a.measure_pairs(lab)
+    assert found["heads"] == {"0.0": "2", "0.1": "3"} and found["solved"] == 1
+    assert found["kinds"]["two heads"] == {
+        "pairs": "1", "solved": "1", "expected": "0.1", "accuracy": 1.0}
     assert found["kinds"]["not both fetched"]["accuracy"] < 0.5
-    assert a.accuracy_of_pairs(lab, torch.empty(0, 2, dtype=torch.long)).shape == (0,)
-    for row in found["heads"].values():
-        assert row["need it"] == 1 and row["need it, held"] < 0.5
-    assert found["shots"].nonzero().tolist() == [[2, 3], [3, 2]]
+    assert [*found["best"]][0] == "(2, 3)"
+    assert (found["pairs"] == 1).nonzero().tolist() == [[2, 3], [3, 2]]
 
 
 def one_head_alone():
