@@ -94,7 +94,7 @@ def observe(lab):
     """What sites and heads hold at each query (x, y), after CONTEXTS contexts; computed once.
     Returns {site: (contexts, functions, p, p)} at the query's y, and {(head, token): (contexts, p,
     p, C)}, what a head adds to the residual stream at the query's x, y or z, standardized over its
-    C coordinates as the authors do it."""
+    C coordinates as the authors do it. In the last block only y matters, so it is alone there."""
     if lab.observed is None:
         at_y, added, runs = {}, {}, []
         for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k - 1)):
@@ -110,8 +110,10 @@ def observe(lab):
             for h, (w, head) in enumerate(zip(weight.unbind(1), seen.unflatten(-1, by_head)
                                               .unbind(-2))):
                 out = F.layer_norm(head @ w.T, (lab.cfg.embd,))                 # (n, p, p, 3, C)
+                block = int(site.split()[1])
                 for token, values in zip("xyz", out.unbind(3)):
-                    added[f"{site.split()[1]}.{h}", token] = values
+                    if token == "y" or block < lab.cfg.depth - 1:
+                        added[f"{block}.{h}", token] = values
         lab.observed = at_y, added
     return lab.observed
 
@@ -303,12 +305,14 @@ def plane_of(points):
     return torch.view_as_complex((points @ directions[..., -2:]).flip(-1))
 
 def head_planes(lab):
-    """The plane of each head's output at two tokens, as in figure 6: {name: (contexts, p, p)}."""
+    """The plane of each head's output at two tokens, as in figure 6, and in the last block at y:
+    {name: (contexts, p, p)}."""
     added, found = observe(lab)[1], {}
-    for head in lab.heads:
-        for one, two in ("xy", "xz", "yz"):
-            points = torch.cat((added[head, one], added[head, two]), -1)             # (n, p, p, 2C)
-            found[f"{head} at {one} and {two}"] = plane_of(points.flatten(1, 2)).unflatten(
+    for head, tokens in itertools.product(lab.heads, ("xy", "xz", "yz", "y")):
+        is_last = int(head.split(".")[0]) == lab.cfg.depth - 1
+        if is_last == (tokens == "y"):
+            points = torch.cat([added[head, token] for token in tokens], -1).flatten(1, 2)
+            found[f"{head} at {' and '.join(tokens)}"] = plane_of(points).unflatten(
                 1, (lab.p, lab.p))
     return found
 
@@ -480,8 +484,10 @@ def measure_similarity(lab):
     x, y = g.grid(lab.p).T
     apart = (x[:, None] != x) & (y[:, None] != y) & (x * y > 0) & (x * y > 0)[:, None]
     names, similarity = [], []
-    for head, token in itertools.product(lab.heads, "yz"):
-        v = F.normalize(observe(lab)[1][head, token], dim=-1).flatten(1, 2)          # (n, p*p, C)
+    for (head, token), outputs in observe(lab)[1].items():
+        if token == "x":                                         # there y is not known yet
+            continue
+        v = F.normalize(outputs, dim=-1).flatten(1, 2)                               # (n, p*p, C)
         names.append(f"head {head} at {token}")
         similarity.append((v @ v.mT).mean(0))
     similarity = torch.stack(similarity)                                             # (N, p*p, p*p)
@@ -555,6 +561,97 @@ def show_patching(lab, found):
     table("Ratio queries, in %: right with a part held; as the other task with it patched",
           found["parts"], f"at all x, y or z; without any change {100 * found['nothing']:.1f} and "
           f"{100 * found['unpatched']:.1f}: less if a part is needed, more if it carries the task")
+
+# ------------------------------------- Circuit: two blocks, from end to end (not in the paper)
+# Question: does a model with two blocks run this program? On each example and on the query divide x
+#           by y, and on each example z by y. Fetch the z/y whose x/y is the query's. Times y. (Or
+#           the same with x and y exchanged.)
+# Method:   the last block reads each of these four numbers in a place of its own. Put there what it
+#           has in a *donor*, a run in which all else differs as well: task, inputs, other lines.
+# If so:    "follows": the answer is what the program says with the donor's number, near 100%.
+#           "stays": it is as before with a donor that has the same number and differs in all else.
+# If not:   one of the two is low, down to chance.
+def circuit_contexts(lab, n):
+    """What a context is made of: tasks (n, 2); of examples on different lines, and last of a query
+    on the line of one of them, divisors (n, k) and ratios (n, k); which example that is (n,)."""
+    generator, p, k = torch.Generator().manual_seed(SEED), lab.p, min(lab.k, lab.p - 1, 8)
+    tasks = lab.split["test_ood"][(lab.split["test_ood"] > 0).all(1)]
+    tasks = tasks[torch.randint(len(tasks), (n,), generator=generator)]
+    divisor = torch.randint(1, p, (n, k), generator=generator)
+    ratio = 1 + torch.rand(n, p - 1, generator=generator).argsort(1)[:, :k]
+    example = torch.randint(k - 1, (n,), generator=generator)
+    ratio[:, -1] = ratio[torch.arange(n), example]
+    return (tasks, divisor, ratio), example
+
+def quotient(tasks, ratio, p):
+    """z over the divisor, of tasks (n, 2) at ratios (n, k): (n, k)."""
+    return (tasks[:, :1] + tasks[:, 1:] * ratio) % p
+
+def circuit_donors(context, example, p):
+    """{number: (donor that differs in it, donor that shares it, the program's answer with the
+    first's number)}. In all donors task, divisors and order of the lines are another's."""
+    (tasks, divisor, ratio), each = context, torch.arange(len(example))
+    inverse = torch.tensor([0] + [pow(n, -1, p) for n in range(1, p)])
+    others, divisors, examples = tasks.roll(1, 0), divisor.roll(1, 0), ratio[:, :-1]
+    next_one = (example + 1) % examples.size(1)
+    moved = torch.cat((examples.roll(1, 1), ratio[:, -1:]), 1)   # each has the line before its own
+    asked = torch.cat((examples, examples[each, next_one][:, None]), 1)    # query on another line
+    z, ours = quotient(tasks, ratio, p), divisor[:, -1]
+    same_z = (z - others[:, :1]) * inverse[others[:, 1:]] % p    # lines with our z for their task
+    same_divisor = torch.cat((divisors[:, :-1], ours[:, None]), 1)
+    return {
+        "ratio of the query": ((others, divisors, asked), (others, divisors, ratio),
+                               z[each, next_one] * ours % p),
+        "ratios of the examples": ((others, divisors, moved), (others, divisors, ratio),
+                                   z[each, next_one] * ours % p),
+        "z over divisor": ((others, divisors, moved), (others, divisors, same_z),
+                           quotient(others, moved, p)[each, example] * ours % p),
+        "divisor of the query": ((others, divisors, asked), (others, same_divisor, asked),
+                                 z[:, -1] * divisors[:, -1] % p)}
+
+def measure_circuit(lab):
+    """For that "divisor", x or y, that fits better: "numbers" {number: {"follows", "stays"}}, and
+    how many answers are right if "nothing" is exchanged."""
+    p, attention, (context, example) = lab.p, lab.model.blocks[-1].attention, circuit_contexts(
+        lab, 4 * SEQUENCES)
+    query, examples, found = slice(-2, -1), slice(0, -3), {}     # where tokens stand
+    places = {"ratio of the query": (attention.query, query),
+              "ratios of the examples": (attention.key, examples),
+              "z over divisor": (attention.value, examples)}
+    for name in "xy":
+        def tokens_of(tasks, divisor, ratio):
+            inputs = torch.stack((divisor, divisor * ratio % p), dim=-1)
+            turn = (lambda pair: pair) if name == "x" else (lambda pair: pair.flip(-1))
+            return g.to_tokens(turn(tasks), turn(inputs), p)
+
+        def with_numbers(numbers, giver, taker):
+            """Answers to taker's last queries with these numbers from giver."""
+            seen = record({n: places[n][0] for n in numbers}, lambda: answers(lab, giver))
+
+            def put(n):
+                def f(values):
+                    values, at = values.clone(), places[n][1]
+                    values[:, at] = seen[n][:, at].to(values)
+                    return values
+                return f
+            changes = {places[n][0]: put(n) for n in numbers}
+            return run_with(changes, lambda: answers(lab, taker))[:, -1]
+        ours, rows = tokens_of(*context), {}
+        for number, (differs, shares, follows) in circuit_donors(context, example, p).items():
+            said = [with_numbers([number], donor, ours) if number in places else
+                    with_numbers(places, ours, donor)            # all but the divisor is ours
+                    for donor in (tokens_of(*differs), tokens_of(*shares))]
+            rows[number] = {"follows": (said[0] == follows).float().mean().item(),
+                            "stays": (said[1] == ours[:, -1]).float().mean().item()}
+        right = (answers(lab, ours)[:, -1] == ours[:, -1]).float().mean().item()
+        found[name] = {"divisor": name, "numbers": rows, "nothing": right}
+    return max(found.values(), key=lambda f: sum(row["follows"] for row in f["numbers"].values()))
+
+def show_circuit(lab, found):
+    table(f"Answers, in %, with one number from another run; the divisor is {found['divisor']}",
+          found["numbers"], "follows: as the program says with the donor's number; stays: if the "
+          f"donor has the same one;\nunchanged, {100 * found['nothing']:.1f} are right; chance "
+          f"{100 / lab.p:.1f}")
 
 # ------------------------------- Votes: how deeper models combine examples (not in the paper)
 # Question: how does a deeper model answer queries whose line no example is on?
@@ -922,6 +1019,7 @@ SECTIONS = {                  # of each part, what measures, prints and draws it
     "fourier": (measure_fourier, show_fourier, draw_fourier),
     "similarity": (measure_similarity, show_similarity, draw_similarity),
     "patching": (measure_patching, show_patching, None),
+    "circuit": (measure_circuit, show_circuit, None),
     "votes": (measure_votes, show_votes, draw_votes),
     "lessons": (measure_lessons, show_lessons, draw_lessons),            # of a run with snapshots
     "phases": (measure_phases, show_phases, draw_phases)}                # of many runs
@@ -933,7 +1031,10 @@ def open_lab(path, device, file="best.pt"):
     checkpoint, cfg, model = g.load_checkpoint(file, device)
     as_in_the_paper = torch.equal(g.features(g.grid(cfg.p), cfg.p), g.grid(cfg.p))
     snapshots = glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "step*.pt"))
-    possible = {"votes": as_in_the_paper and cfg.p > 5 and cfg.examples > 4,
+    nonzero = bool((checkpoint["split"]["test_ood"] > 0).all(1).any())
+    possible = {"votes": as_in_the_paper and cfg.p > 5 and cfg.examples > 4 and nonzero,
+                "circuit": as_in_the_paper and cfg.p > 3 and cfg.examples > 2 and (
+                    nonzero and cfg.depth == 2),
                 "similarity": as_in_the_paper, "lessons": len(snapshots) > 0, "phases": False}
     return SimpleNamespace(
         model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, observed=None,
@@ -1029,8 +1130,8 @@ def main(argv=None):
         for part in parts:
             if not phases and part not in lab.parts:
                 raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: five examples, p "
-                                 "above 5; votes, similarity: the paper's rule; lessons: "
-                                 "--snapshots)")
+                                 "above 5; circuit: two blocks; both and similarity: the paper's "
+                                 "rule; lessons: --snapshots)")
         out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         try:

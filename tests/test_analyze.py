@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -96,7 +97,10 @@ def test_what_is_observed_is_what_sequences_alone_show():
                 only[..., 8 * h:8 * h + 8] = alone[f"heads {i}"][:, -3:, 8 * h:8 * h + 8]
                 out = block.attention.out(only).unflatten(0, (7, 7)).detach()
                 out = (out - out.mean(-1, keepdim=True)) / out.std(-1, keepdim=True, correction=0)
-                for at, token in enumerate("xyz"):
+                for at, token in enumerate("xyz" if i == 0 else " y"):
+                    if token == " ":                             # nothing is read there
+                        assert (f"{i}.{h}", "x") not in added
+                        continue
                     torch.testing.assert_close(added[f"{i}.{h}", token][n], out[:, :, at],
                                                atol=1e-2, rtol=1e-2)
 
@@ -519,6 +523,47 @@ def test_zeros_are_where_their_names_say(monkeypatch):
         found = a.measure_zeros(lab)
         assert found[name] == 1 and found["nothing"] == 0 and all(
             0 <= found[other] < 1 for other in "abxy" if other != name)
+
+
+class Program(torch.nn.Module):
+    """Ratio Matching by the program, each number at a site of its own, as in the last block."""
+    def __init__(self, divisor, p, forgets=None):
+        super().__init__()
+        self.divisor, self.p, self.forgets = divisor, p, forgets
+        self.attention = SimpleNamespace(**{n: torch.nn.Identity() for n in ("query", "key", "value")})
+        self.blocks = [SimpleNamespace(attention=self.attention)]
+
+    def forward(self, tokens, asking=g.EACH_Y):
+        x, y, z = tokens.unflatten(1, (-1, 3)).unbind(-1)        # (B, k)
+        d, other = (x, y) if self.divisor == "x" else (y, x)
+        inverse = torch.tensor([0] + [pow(n, -1, self.p) for n in range(1, self.p)])
+        sent = {"query": other * inverse[d], "key": other * inverse[d], "value": z * inverse[d]}
+        if self.forgets:
+            sent[self.forgets] = {"query": x, "key": x, "value": z}[self.forgets]
+        got = {n: getattr(self.attention, n)((v % self.p).repeat_interleave(3, 1)[..., None])[..., 0]
+               for n, v in sent.items()}                         # (B, 3k)
+        query, key, value = got["query"][:, 1::3], got["key"][:, 2::3], got["value"][:, 2::3]
+        match = (query[:, :, None] == key[:, None]).tril(-1).long()                  # (B, k, k)
+        fetched = value.gather(1, match.argmax(2))
+        return F.one_hot((d * fetched % self.p).repeat_interleave(3, 1), self.p)[:, asking]
+
+
+@pytest.mark.parametrize("divisor", "xy")
+def test_the_program_is_recognized_number_by_number(divisor, monkeypatch):
+    monkeypatch.setattr(a, "SEQUENCES", 16)
+    lab = planted_lab(Program(divisor, 11), p=11, tasks=40, examples=6)
+    found = a.measure_circuit(lab)
+    assert found["divisor"] == divisor and found["nothing"] == 1
+    assert all(row == {"follows": 1, "stays": 1} for row in found["numbers"].values())
+
+
+@pytest.mark.parametrize("site, number", [("query", "ratio of the query"), (
+    "key", "ratios of the examples"), ("value", "z over divisor")])
+def test_a_program_that_sends_another_number_is_not(site, number, monkeypatch):
+    monkeypatch.setattr(a, "SEQUENCES", 16)
+    lab = planted_lab(Program("y", 11, forgets=site), p=11, tasks=40, examples=6)
+    row = a.measure_circuit(lab)["numbers"][number]
+    assert min(row.values()) < 0.5
 
 
 def test_a_pair_takes_two_different_heads():
