@@ -827,6 +827,23 @@ def measure_zeros(lab):
     return {name: (right == xyz[..., 2])[asked & which].float().mean().item() for name, which in (
         ("nothing", ~(a | b | x | y)), ("a", a), ("b", b), ("x", x), ("y", y))}
 
+def attention_along(attention, m, p):
+    """Do heads sort the examples by what they say? In units of the query's, x/y of an example at
+    offset o is g^o away from 0, g^o - 1 from the query. Share of the variance of attention by
+    offset (heads, p - 1) that goes along chi_m(g^o - 1), and 95% of random orders of the offsets.
+    The same for y/x, which is along chi_m(1 - g^-o): {"x/y": share, "x/y null", "y/x", ...}."""
+    powers, chi, found = g.powers(p), characters(g.powers(p))[:, m - 1], {}
+    offsets, generator = torch.arange(1, p - 1), torch.Generator().manual_seed(SEED)
+    rows = attention[:, 1:] - attention[:, 1:].mean(1, keepdim=True)                 # (H, p - 2)
+    for name, distance in (("x/y", powers[offsets] - 1), ("y/x", 1 - powers[-offsets])):
+        waves = [chi[distance % p][order] for order in [offsets - 1] + [
+            torch.randperm(p - 2, generator=generator) for _ in range(1000)]]
+        waves = torch.stack([wave - wave.mean() for wave in waves])                  # (1001, p - 2)
+        along = (rows.to(waves.dtype) @ waves.mH).abs().square().sum(0)
+        shares = along / (rows.square().sum() * waves.abs().square().sum(1))
+        found |= {name: shares[0].item(), f"{name} null": shares[1:].quantile(0.95).item()}
+    return found
+
 def kind_of(found):
     """What a model compares, in words, by share, R^2 and the number of solved pairs."""
     best, second, *_ = found["R^2"].values()
@@ -838,7 +855,9 @@ def kind_of(found):
 def measure_votes(lab):
     """All of these together, and the "kind" of the model."""
     found = measure_characters(lab) | measure_pairs(lab)
-    return found | {"kind": kind_of(found), "labels": measure_labels(lab),
+    m = int(found["weights"].argmax()) + 1
+    return found | {"along": attention_along(found["attention"], m, lab.p),
+                    "kind": kind_of(found), "labels": measure_labels(lab),
                     "shots": measure_rule(lab, found["function"]), "zeros": measure_zeros(lab)}
 
 def show_votes(lab, found):
@@ -856,6 +875,9 @@ def show_votes(lab, found):
           "fetch: over a tenth of a head's attention, and twice its mean over all offsets but 0;\n"
           "solved: right in over half; expected: if it did not matter who fetches\n"
           f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
+    table("Attention by offset: share of its variance along the phase of a distance, in %",
+          {"all heads": found["along"]}, "the distance of x/y, or y/x, between query and example; "
+          "its phase by the character\nwith the largest weight; null: 95% of random orders")
     table("Accuracy by shots, in %: the model, and the largest |sum| of a character",
           found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}")
     table("Regression queries, by what is 0, in %", {"second half": found["zeros"]})
