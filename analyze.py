@@ -866,9 +866,9 @@ def show_votes(lab, found):
     table(f"Logits of the answers on the characters of {found['function']}: R^2, in %",
           {"three examples": found["R^2"]}, "next: the next best function of the task; random "
           "order: the best of 20;\nother examples: those of another context")
-    table("Weights of the characters", {"weight": {
-        f"m {m}: order {n // math.gcd(m, n)}": w
-        for m, w in enumerate(found["weights"].tolist(), 1)}}, scale=1, digits=2)
+    table("Weights of the characters", {f"m = {m}, order {n // math.gcd(m, n)}": {"weight": w}
+                                        for m, w in enumerate(found["weights"].tolist(), 1)},
+          scale=1, digits=2)
     table("Right answers that stay if the z of one of four examples is changed, in %",
           found["labels"], "by whether the a, or b, that it implies keeps its class")
     table("Accuracy after two examples, in %, by who fetches them", found["kinds"],
@@ -1148,7 +1148,8 @@ def main(argv=None):
         phases = args.path == "phases"
         lab = (open_runs(args.parts, args.device, args.file) if phases else
                open_lab(args.path, args.device, args.file))
-        parts = ["phases"] if phases else args.parts or lab.parts
+        parts = ["phases"] if phases else args.parts or [
+            part for part in lab.parts if part != "votes" or lab.cfg.depth > 2]      # takes long
         for part in parts:
             if not phases and part not in lab.parts:
                 raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: five examples, p "

@@ -525,6 +525,25 @@ def test_zeros_are_where_their_names_say(monkeypatch):
             0 <= found[other] < 1 for other in "abxy" if other != name)
 
 
+@pytest.mark.parametrize("name", ["x/y", "y/x"])
+@pytest.mark.parametrize("m", [8, 4])
+def test_heads_that_sort_examples_by_a_distance_are_found(name, m):
+    """Offsets by hand: the query is at ratio 1, the example at 1 / g^o; p = 17, g = powers[1]."""
+    p, base = 17, g.powers(17)[1].item()
+    attention = torch.zeros(2, p - 1)
+    for o in range(1, p - 1):
+        ratio = pow(base, -o, p)                                 # y/x of the example
+        distance = pow(ratio, -1, p) - 1 if name == "x/y" else 1 - ratio
+        turn = torch.exp(2j * torch.pi * m * log(torch.tensor([distance % p]), p) / (p - 1))[0]
+        attention[:, o] = 1 + torch.stack((turn.real, turn.imag))
+    found = a.attention_along(attention, m, p)
+    other = {"x/y": "y/x", "y/x": "x/y"}[name]
+    assert found[name] > (0.99 if m == 8 else 0.45) > found[f"{name} null"] > 0.05
+    assert found[other] < found[name] / 2
+    noisy = a.attention_along(noise(6, p - 1), m, p)
+    assert noisy[name] < 1.5 * noisy[f"{name} null"]
+
+
 class Program(torch.nn.Module):
     """Ratio Matching by the program, each number at a site of its own, as in the last block."""
     def __init__(self, divisor, p, forgets=None):
@@ -714,9 +733,10 @@ def quick(monkeypatch):
 
 
 def test_everything_for_a_run(tiny_run, tmp_path, quick, capsys):
-    assert a.main([str(tiny_run), "--out", str(tmp_path)]) is None
+    *parts, phases = a.SECTIONS
+    assert a.main([str(tiny_run), *parts, "--out", str(tmp_path)]) is None
     numbers = json.loads((tmp_path / "analysis.json").read_text())
-    assert [*numbers, "phases"] == [*a.SECTIONS] and numbers["pca"]["planes"] == "in analysis.npz"
+    assert [*numbers] == parts and numbers["pca"]["planes"] == "in analysis.npz"
     with np.load(tmp_path / "analysis.npz") as arrays:
         assert arrays["shots/test_ood_test, model"].shape == (2, 6)
         assert arrays["attention/maps"].shape == (2, 2, 15, 15)
@@ -728,7 +748,7 @@ def need_matplotlib():
 
 def test_pictures_of_a_run(tiny_run, tmp_path, quick, capsys):
     need_matplotlib()
-    assert a.main([str(tiny_run), "--out", str(tmp_path)]) is None
+    assert a.main([str(tiny_run), *[*a.SECTIONS][:-1], "--out", str(tmp_path)]) is None
     pictures = {f.name for f in tmp_path.iterdir()} - {"analysis.json", "analysis.npz"}
     names = ("skills", "skill_grid", "attention", "pca", "fourier", "similarity", "votes",
              "lessons")
@@ -742,7 +762,7 @@ def test_the_shortest_sequences_can_be_analyzed(tmp_path, quick, capsys):
     g.save(run, cfg, "best.pt")
     assert a.main([str(tmp_path)]) is None
     parts = json.loads((tmp_path / "analysis.json").read_text())
-    assert "patching" in parts and "votes" not in parts
+    assert "patching" in parts and not {"circuit", "votes"} & {*parts}
     assert a.main([str(tmp_path), "votes"]) == 2 and "votes: not of" in capsys.readouterr().err
 
 
