@@ -889,8 +889,8 @@ def draw_votes(subplots, lab, found):
         style = "o-k" if name == "model" else "x--"
         values = [100 * row[name] for row in found["shots"].values()]
         curves.plot([*found["shots"]], values, style, label=name, lw=1, ms=4)
-    curves.set(title="accuracy (%), no example on the line", xlabel="shots", ylim=(0, 104))
-    curves.legend(title="largest |sum| of a character")
+    curves.set(title="accuracy (%): model, and largest |sum|", xlabel="shots", ylim=(0, 104))
+    curves.legend(fontsize=6, loc="lower right")
     m = range(1, len(found["weights"]) + 1)
     bars.bar(m, found["weights"].tolist())
     bars.set(title=f"weights of the characters of {found['function']}", xlabel="m, and its order",
