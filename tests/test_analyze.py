@@ -523,6 +523,9 @@ def test_zeros_are_where_their_names_say(monkeypatch):
         found = a.measure_zeros(lab)
         assert found[name] == 1 and found["nothing"] == 0 and all(
             0 <= found[other] < 1 for other in "abxy" if other != name)
+    monkeypatch.setattr(a, "answers", lambda lab, tokens, everywhere: torch.where(
+        a.skill_of(tokens, 7) == 2, (tokens[:, 2::3] + 1) % 7, tokens[:, 2::3]))
+    assert {*a.measure_zeros(lab).values()} == {0}               # ratio queries don't count
 
 
 @pytest.mark.parametrize("name", ["x/y", "y/x"])
