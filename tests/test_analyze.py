@@ -552,7 +552,8 @@ class Program(torch.nn.Module):
     def __init__(self, divisor, p, forgets=None):
         super().__init__()
         self.divisor, self.p, self.forgets = divisor, p, forgets
-        self.attention = SimpleNamespace(**{n: torch.nn.Identity() for n in ("query", "key", "value")})
+        self.attention = SimpleNamespace(
+            **{n: torch.nn.Identity() for n in ("query", "key", "value")})
         self.blocks = [SimpleNamespace(attention=self.attention)]
 
     def forward(self, tokens, asking=g.EACH_Y):
@@ -562,8 +563,8 @@ class Program(torch.nn.Module):
         sent = {"query": other * inverse[d], "key": other * inverse[d], "value": z * inverse[d]}
         if self.forgets:
             sent[self.forgets] = {"query": x, "key": x, "value": z}[self.forgets]
-        got = {n: getattr(self.attention, n)((v % self.p).repeat_interleave(3, 1)[..., None])[..., 0]
-               for n, v in sent.items()}                         # (B, 3k)
+        sent = {n: (v % self.p).repeat_interleave(3, 1) for n, v in sent.items()}       # (B, 3k)
+        got = {n: getattr(self.attention, n)(v[..., None])[..., 0] for n, v in sent.items()}
         query, key, value = got["query"][:, 1::3], got["key"][:, 2::3], got["value"][:, 2::3]
         match = (query[:, :, None] == key[:, None]).tril(-1).long()                  # (B, k, k)
         fetched = value.gather(1, match.argmax(2))
