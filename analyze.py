@@ -609,43 +609,47 @@ def circuit_donors(context, example, p):
         "divisor of the query": ((others, divisors, asked), (others, same_divisor, asked),
                                  z[:, -1] * divisors[:, -1] % p)}
 
+def circuit_tokens(context, divisor, p):
+    """The sequences of a context, divisor being "x" or "y": tokens (n, 3k)."""
+    tasks, scale, ratio = context
+    inputs = torch.stack((scale, scale * ratio % p), dim=-1)                         # (n, k, 2)
+    return g.to_tokens(*((tasks, inputs) if divisor == "x" else
+                         (tasks.flip(-1), inputs.flip(-1))), p)
+
+def with_numbers(lab, numbers, giver, taker):
+    """The answers (n,) to the last queries of tokens `taker`, these numbers being from `giver`."""
+    attention = lab.model.blocks[-1].attention
+    places = {"ratio of the query": (attention.query, slice(-2, -1)),                # its y
+              "ratios of the examples": (attention.key, slice(0, -3)),
+              "z over divisor": (attention.value, slice(0, -3))}
+    seen = record({n: places[n][0] for n in numbers}, lambda: answers(lab, giver))   # (n, T, C)
+
+    def put(number):
+        def f(values):
+            values, at = values.clone(), places[number][1]
+            values[:, at] = seen[number][:, at].to(values)
+            return values
+        return f
+    changes = {places[n][0]: put(n) for n in numbers}
+    return run_with(changes, lambda: answers(lab, taker))[:, -1]
+
 def measure_circuit(lab):
     """For that "divisor", x or y, that fits better: "numbers" {number: {"follows", "stays"}}, and
     how many answers are right if "nothing" is exchanged."""
-    p, attention, (context, example) = lab.p, lab.model.blocks[-1].attention, circuit_contexts(
-        lab, 4 * SEQUENCES)
-    query, examples, found = slice(-2, -1), slice(0, -3), {}     # where tokens stand
-    places = {"ratio of the query": (attention.query, query),
-              "ratios of the examples": (attention.key, examples),
-              "z over divisor": (attention.value, examples)}
-    for name in "xy":
-        def tokens_of(tasks, divisor, ratio):
-            inputs = torch.stack((divisor, divisor * ratio % p), dim=-1)
-            turn = (lambda pair: pair) if name == "x" else (lambda pair: pair.flip(-1))
-            return g.to_tokens(turn(tasks), turn(inputs), p)
-
-        def with_numbers(numbers, giver, taker):
-            """Answers to taker's last queries with these numbers from giver."""
-            seen = record({n: places[n][0] for n in numbers}, lambda: answers(lab, giver))
-
-            def put(n):
-                def f(values):
-                    values, at = values.clone(), places[n][1]
-                    values[:, at] = seen[n][:, at].to(values)
-                    return values
-                return f
-            changes = {places[n][0]: put(n) for n in numbers}
-            return run_with(changes, lambda: answers(lab, taker))[:, -1]
-        ours, rows = tokens_of(*context), {}
-        for number, (differs, shares, follows) in circuit_donors(context, example, p).items():
-            said = [with_numbers([number], donor, ours) if number in places else
-                    with_numbers(places, ours, donor)            # all but the divisor is ours
-                    for donor in (tokens_of(*differs), tokens_of(*shares))]
+    (context, example), found = circuit_contexts(lab, 4 * SEQUENCES), []
+    donors = circuit_donors(context, example, lab.p)
+    *placed, last = donors                        # the divisor has no place of its own: all but it
+    for divisor in "xy":
+        ours, rows = circuit_tokens(context, divisor, lab.p), {}
+        for number, (differs, shares, follows) in donors.items():
+            differs, shares = (circuit_tokens(d, divisor, lab.p) for d in (differs, shares))
+            said = [with_numbers(lab, placed, ours, donor) if number == last else
+                    with_numbers(lab, [number], donor, ours) for donor in (differs, shares)]
             rows[number] = {"follows": (said[0] == follows).float().mean().item(),
                             "stays": (said[1] == ours[:, -1]).float().mean().item()}
-        right = (answers(lab, ours)[:, -1] == ours[:, -1]).float().mean().item()
-        found[name] = {"divisor": name, "numbers": rows, "nothing": right}
-    return max(found.values(), key=lambda f: sum(row["follows"] for row in f["numbers"].values()))
+        right = answers(lab, ours)[:, -1] == ours[:, -1]
+        found.append({"divisor": divisor, "numbers": rows, "nothing": right.float().mean().item()})
+    return max(found, key=lambda f: sum(row["follows"] for row in f["numbers"].values()))
 
 def show_circuit(lab, found):
     table(f"Answers, in %, with one number from another run; the divisor is {found['divisor']}",
