@@ -589,7 +589,7 @@ def quotient(tasks, ratio, p):
 
 def circuit_donors(context, example, p):
     """{number: (donor that differs in it, donor that shares it, the program's answer with the
-    first's number)}. In all donors task, divisors and order of the lines are another's."""
+    first's number)}. Task and divisors are another context's, lines as far as the number allows."""
     (tasks, divisor, ratio), each = context, torch.arange(len(example))
     inverse = torch.tensor([0] + [pow(n, -1, p) for n in range(1, p)])
     others, divisors, examples = tasks.roll(1, 0), divisor.roll(1, 0), ratio[:, :-1]
@@ -1172,6 +1172,8 @@ def main(argv=None):
         return g.complain(e, "ask for one part at a time")
 
 if __name__ == "__main__":
+    if sys.stdout:                                    # a folder's name may not fit its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -94,7 +94,7 @@ MLP_RATIO = 4                 # MLP width / residual width
 ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
 ADAM_BETAS = (0.9, 0.98)
 LESSON_STEPS = 2000           # that a lesson may take, else the run ends
-LOOK_EVERY = 10               # steps between looks at whether a lesson is learned
+LOOK_EVERY = 10               # steps between looks at whether a lesson is learned; even, as reviews
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 2048       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
@@ -293,8 +293,8 @@ class Lesson:
     name: str
     lines: int                   # through the origin, on which the examples lie: at most so many
     examples: int                # in a sequence, if cfg.examples allows
-    order: str = "any"           # any: each example on any of the lines; row: as above; once: no
-    #                              two on one line, in random order; axis: all on y = 0, or on x = 0
+    order: str = "any"           # any: each example on any of the lines; row: on lines r, rg, ...;
+    #                              once: no two on one line, in random order; axis: all on one axis
     more: int = 1                # times the usual number of sequences
     gaps: bool = False           # between examples, random ones
     score_y: bool = False        # the loss is of y, too
@@ -618,7 +618,7 @@ def new_model(cfg):
     """A GPT with the seed's initial weights; the process's own random numbers stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        return GPT(cfg)
+        return GPT(cfg).float()                       # whatever torch's default is
 
 def make_run(cfg, checkpoint=None):
     """A run's state, new or from a checkpoint; BadInput if that doesn't fit cfg."""
@@ -633,6 +633,7 @@ def make_run(cfg, checkpoint=None):
         with refusing(f"{cfg.out}/last.pt: doesn't fit its own config"):
             if checkpoint["lessons"] != run.lessons:
                 raise ValueError("other lessons")
+            torch.testing.assert_close(checkpoint["split"], run.split)
             vars(run).update({name: checkpoint[name] for name in STATE})
             run.model.load_state_dict(checkpoint["model"])
             for optimizer, saved in zip(run.optimizers, checkpoint["optimizers"], strict=True):
@@ -681,7 +682,7 @@ def load_checkpoint(path, device="cpu"):
     with refusing(f"{path}: damaged, or of another version of the code"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         known = {k: v for k, v in checkpoint["config"].items() if k in NAMES}
-        model = new_model(cfg := Config(**known)).float()        # whatever torch's default is
+        model = new_model(cfg := Config(**known))
         model.load_state_dict(checkpoint["model"])
         torch.testing.assert_close(sample_logits(model), checkpoint["sample"], rtol=0.01, atol=0.02)
         checkpoint["split"], checkpoint["step"], checkpoint["history"]       # KeyError without
@@ -840,6 +841,8 @@ def main(argv=None):
         return complain(e)
 
 if __name__ == "__main__":
+    if sys.stdout:                                    # a folder's name may not fit its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except KeyboardInterrupt:                         # before or after the training

@@ -1267,6 +1267,36 @@ def test_a_folder_of_two_runs_is_not_resumed(half_a_run, tmp_path, capsys):
     assert err.count("\n") == 1 and "best.pt" in err and "another run" in err
 
 
+def test_a_seed_that_does_not_fit_the_split_is_refused(half_a_run, tmp_path, capsys):
+    """Both files agree, but the tasks in them are another seed's."""
+    for name, content in zip(("last.pt", "best.pt"), half_a_run):
+        changed = torch.load(io.BytesIO(content), weights_only=True)
+        changed["config"]["seed"] += 1
+        torch.save(changed, tmp_path / name)
+    assert g.main(["--resume", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "doesn't fit its own config" in err or "damaged" in err
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_run_does_not_depend_on_torchs_default_dtype(dtype, tmp_path):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    assert g.main([*TINY_FLAGS, "--out", str(plain)]) is None
+    torch.set_default_dtype(dtype)
+    try:
+        assert g.main([*TINY_FLAGS, "--out", str(other)]) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert g.load_checkpoint(other / "best.pt")[2].norm.weight.dtype == torch.float32
+
+
+def test_a_folder_whose_name_stdout_cannot_write(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS, "--out",
+                           str(tmp_path / "\u00fc")], capture_output=True, env=env)
+    assert done.returncode == 0 and b"\\xfc" in done.stdout and done.stderr == b""
+
+
 def test_resume_refuses_a_preset_that_differs(half_a_run, tmp_path, capsys):
     for name, content in zip(("last.pt", "best.pt"), half_a_run):
         (tmp_path / name).write_bytes(content)
