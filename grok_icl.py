@@ -728,7 +728,9 @@ def parse_config(argv=None):
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Hold a run's folder, made if need be. If this process dies, the system lets it go."""
+    """Hold a run's folder, so that a second process is refused. If this process dies, the system
+    lets the folder go. What was made for nothing is removed."""
+    new = not os.path.isdir(folder)
     with refusing(f"--out {folder}: can't be written"):
         os.makedirs(folder, exist_ok=True)
         lock = FileLock(os.path.join(folder, ".lock"))
@@ -739,7 +741,12 @@ def alone_in(folder):
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            os.remove(lock.lock_file)
         lock.release()
+        with contextlib.suppress(OSError):
+            if new:
+                os.removedirs(folder)                 # only what is empty
 
 def command_to_resume(folder):
     """For the shell at hand, whatever the folder's name."""
