@@ -24,7 +24,6 @@ import math
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
@@ -143,9 +142,9 @@ def choose_rectangles(p, n, generator, tries=100):
         # all (a', b') with the corners (a', b), (a, b') and (a', b') free: (n, 2)
         choices = (free[:, b].unsqueeze(1) & free[a].unsqueeze(0) & free).nonzero()
         if len(choices) > 0:
-            c, d = choices[torch.randint(len(choices), (), generator=generator)].tolist()
-            tasks += [(a, b), (c, b), (a, d), (c, d)]
-            free[[c, a, c], [b, d, d]] = False
+            a2, b2 = choices[torch.randint(len(choices), (), generator=generator)].tolist()
+            tasks += [(a, b), (a2, b), (a, b2), (a2, b2)]
+            free[[a2, a, a2], [b, b2, b2]] = False
     if len(tasks) < n and tries > 0:                  # an unlucky start has blocked itself
         return choose_rectangles(p, n, generator, tries - 1)
     if len(tasks) < n:
@@ -336,47 +335,46 @@ def todays_lesson(lesson, step):
         return lesson
     return lesson.reviews[step // 2 % len(lesson.reviews)]
 
-def lines_of_examples(lesson, n, k, p, random):
-    """For all orders but any: the line of each example, (n, k)."""
-    if lesson.order == "axis":
-        return p * torch.randint(2, (n, 1), **random).expand(n, k)
-    if lesson.order == "once":
-        return torch.rand(n, p + 1, **random).argsort(1)[:, :k]
-    start = torch.randint(p - 1, (n, 1), **random)
-    log = (start + torch.arange(k, device=start.device)) % (p - 1)                   # (n, k)
-    return powers(p).to(start.device)[log]
-
 def batch_shape(lesson, cfg):
     """(sequences, examples in each) of a step; more sequences while they are short."""
     k = min(lesson.examples, cfg.examples)
     return lesson.more * cfg.batch * (cfg.examples // k), k
 
+def allowed_lines(lesson, n, k, input_lines, p, rng):
+    """On which lines the k examples of n sequences may lie, 0 or 1 for each line: (n, k, p + 1), or
+    (n, 1, p + 1) where the examples of a sequence are drawn alike."""
+    if lesson.order == "any":
+        if lesson.lines > p:
+            return torch.ones(n, 1, p + 1, device=input_lines.device)
+        drawn = torch.randint(len(input_lines), (n, lesson.lines), **rng)    # some random inputs
+        lines = torch.zeros(n, p + 1, device=input_lines.device)
+        return lines.scatter(1, input_lines[drawn], 1).unsqueeze(1)          # and their lines
+    if lesson.order == "axis":
+        line = p * torch.randint(2, (n, 1), **rng).expand(n, k)
+    elif lesson.order == "once":
+        line = torch.rand(n, p + 1, **rng).argsort(1)[:, :k]
+    else:                                                        # a row, by logarithms
+        first = torch.randint(p - 1, (n, 1), **rng)
+        line = powers(p).to(first.device)[(first + torch.arange(k, device=first.device)) % (p - 1)]
+    return F.one_hot(line, p + 1).float().clamp(min=1e-6)        # a line may have none to train on
+
 def training_batch(split, input_lines, lesson, cfg, generator):
     """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once;
     inputs are drawn evenly, with replacement, from those to train on that are on allowed lines.
     input_lines (n,) is line_of(split["train_inputs"])."""
-    tasks, inputs, p = split["id"], split["train_inputs"], cfg.p
-    random = dict(generator=generator, device=input_lines.device)
+    tasks, inputs = split["id"], split["train_inputs"]
+    rng = dict(generator=generator, device=input_lines.device)
     B, k = batch_shape(lesson, cfg)
     rounds = math.ceil(B / len(tasks))                           # so often does each task come
-    order = torch.cat([torch.randperm(len(tasks), **random) for _ in range(rounds)])[:B]
+    order = torch.cat([torch.randperm(len(tasks), **rng) for _ in range(rounds)])[:B]
     n = rounds if cfg.shared_inputs else B                       # so many choices of inputs
-    if lesson.order != "any":
-        line = lines_of_examples(lesson, n, k, p, random)        # (n, k)
-        allowed = F.one_hot(line.flatten(), p + 1).float()       # (n k, p + 1), for one input each
-        allowed = allowed.clamp(min=1e-6)                        # a line may have none to train on
-    elif lesson.lines > p:
-        allowed = torch.ones(n, p + 1, device=input_lines.device)
-    else:                                                        # those of so many random inputs
-        drawn = torch.randint(len(inputs), (n, lesson.lines), **random)
-        allowed = torch.zeros(n, p + 1, device=input_lines.device)
-        allowed.scatter_(1, input_lines[drawn], 1)
-    weights = allowed[:, input_lines]                            # of each input: (n or n k, inputs)
-    draws = n * k // len(weights)                                # k or 1
+    allowed = allowed_lines(lesson, n, k, input_lines, cfg.p, rng)
+    weights = allowed[:, :, input_lines].flatten(0, 1)           # of each input: (n or n k, inputs)
+    draws = k // allowed.size(1)                                 # k or 1
     chosen = torch.multinomial(weights, draws, replacement=True, generator=generator).view(n, k)
     if cfg.shared_inputs:                                        # of all tasks in a round
         chosen = chosen.repeat_interleave(len(tasks), 0)[:B]
-    return to_tokens(tasks[order], inputs[chosen], p)                                # (B, 3k)
+    return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
 
 def places_of_tokens(lesson, k, cfg, generator):
     """Where a model sees the tokens of k examples, (3k - 1,): at 0, 1, 2, ..., or with gaps.
@@ -523,29 +521,29 @@ def current_lesson(run, cfg):
     """run.learned lists the step at which each lesson so far was learned."""
     return lessons(cfg)[len(run.learned)]
 
-def schedule(run, cfg):
-    """(step from which the rate falls, last step) once the lessons are over, else (None, limit)."""
+def last_step(run, cfg):
+    """The step at which a lesson's time is over, or, in the last lesson, the training."""
     began = run.learned[-1] if run.learned else 0
-    if len(run.learned) < len(lessons(cfg)) - 1:
-        return None, began + LESSON_STEPS
-    return max(cfg.warmup, began), began + cfg.steps
+    is_last = len(run.learned) == len(lessons(cfg)) - 1
+    return began + (cfg.steps if is_last else LESSON_STEPS)
 
 def lr_factor(run, cfg):
     """The learning rate as a share of its peak. It rises over cfg.warmup steps, while the moments
-    of the optimizers are still guesses, is what the lesson says, and falls like half a cosine over
-    the cfg.steps that follow the lessons."""
-    rate, (begin, end) = current_lesson(run, cfg).rate, schedule(run, cfg)
+    of the optimizers are still guesses, is what the lesson says, and in the last lesson falls like
+    half a cosine."""
+    lesson, end = current_lesson(run, cfg), last_step(run, cfg)
     if run.step < cfg.warmup:
-        return rate * (0.01 + 0.99 * run.step / cfg.warmup)      # not 0, so that step 0 learns, too
-    if begin is None:
-        return rate
+        return lesson.rate * (0.01 + 0.99 * run.step / cfg.warmup)   # not 0: step 0 learns, too
+    if lesson != lessons(cfg)[-1]:
+        return lesson.rate
+    begin = max(cfg.warmup, end - cfg.steps)
     fallen = (1 - math.cos(math.pi * (run.step - begin) / (end - begin))) / 2        # 0 to 1
-    return rate * (1 - (1 - cfg.lr_end) * fallen)
+    return lesson.rate * (1 - (1 - cfg.lr_end) * fallen)
 
 def is_over(run, cfg):
     """Whether training is over: by its steps, a lesson's limit, or early stopping."""
     waited = len(run.history) - 1 - best_evaluation(run.history, 1 / cfg.p) if run.history else 0
-    return run.step >= schedule(run, cfg)[1] or 0 < cfg.patience <= waited
+    return run.step >= last_step(run, cfg) or 0 < cfg.patience <= waited
 
 def update_weights(run, loss, factor):
     """A step of the optimizers, at that share of their peak rates."""
@@ -578,7 +576,7 @@ def train(run, cfg, signals=()):
             learned = False
             if run.step % LOOK_EVERY == 0:            # a GPU waits here, so not at every step
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-                bar.total = schedule(run, cfg)[1]
+                bar.total = last_step(run, cfg)
                 learned = (today == lesson and lesson != lessons(cfg)[-1]
                            and is_learned(lesson, batch, logits, cfg.p))
             if learned:
@@ -749,9 +747,7 @@ def alone_in(folder):
                 os.removedirs(folder)                 # only what is empty
 
 def command_to_resume(folder):
-    """For the shell at hand, whatever the folder's name."""
-    words = ["python", "grok_icl.py", "--resume", "--out", folder]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return shlex.join(["python", "grok_icl.py", "--resume", "--out", folder])
 
 def checkpoint_of(cfg):
     """last.pt of the run in cfg.out, to go on from, or None if there is no run. BadInput if there
