@@ -3,8 +3,7 @@ Look inside a model that grok_icl.py trained: which algorithm did it learn, and 
 
     python analyze.py assets/p29.pt              everything, for one checkpoint
     python analyze.py out/RUN skills pca         some parts, for a run's best checkpoint
-    python analyze.py phases out/SWEEP           many runs: how far each comes, and its phase
-    ... --last                                   of runs: their last checkpoint, not their best
+    python analyze.py out/RUN/last.pt            its last checkpoint, not its best
 
 One section for each figure of the paper, and some of our own. Each opens with four lines: the
 question; the method; what it shows if the claim is true; and if it isn't (chance, or a rival idea).
@@ -34,16 +33,14 @@ import grok_icl as g
 SHOTS = (1, 2, 4, 8, 16)      # that a table shows, and the last one
 SEED = 7                      # of the contexts and of the random orders
 CONTEXTS = 2                  # over which pca and similarity are averaged
-SEQUENCES = 64                # for attention and patching; several times as many for others
+SEQUENCES = 64                # for attention; several times as many for others
 EACH_PAIR = 30                # sequences for each pair of offsets and either order, in votes
 FETCHED = 0.1                 # attention to an example that counts as fetching it
 NULLS = 100                   # random orders of the residues
 KEPT = (1, 4, 16)             # pairs of characters of each function
 SKILLS = ("copy", "ratio", "regression", "undetermined")
-WHO = ("model", "ratio", "regression", "table")
-POSITIONS = {"x": slice(0, None, 3), "y": slice(1, None, 3), "z": slice(2, None, 3)}
+WHO = ("model", "ratio", "regression")
 KINDS = ("id_train", "id_test", "test_ood_train", "test_ood_test")
-SETS = ("i.d. train", "i.d. test", "o.o.d. train", "o.o.d. test")    # tasks and inputs
 
 # -------------------- Probes: contexts, all queries after one, what modules read, and changes of it
 
@@ -149,48 +146,23 @@ def table(title, rows, note="", scale=100, digits=1):
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
 
 # ------------------------------------------------------------------ Accuracy over shots (figure 1c)
-# Question: how good is the model at the end of a sequence, and could a table be as good?
-# Method:   accuracy on {i.d., o.o.d. tasks} x {train, test inputs}, beside two oracles and a table.
+# Question: how good is the model after so many examples, on what it was trained on and on the rest?
+# Method:   accuracy on {i.d., o.o.d. tasks} x {train, test inputs}, beside two exact algorithms.
 # If it matches ratios: it follows "ratio" on all four sets.
-# If it knows its tasks by heart: above "ratio" on i.d. tasks, at most like the table on others.
-#
-# The table: on a line through the origin a task is one number, the slope z/x (z/y if x is 0), which
-# one example tells. Who has noted the slopes that the training tasks have on each line answers the
-# query if the slope is one of them, without any arithmetic. If it is a new one, it takes division.
-def known_slopes(tokens, tasks, p):
-    """Which queries of tokens (B, 3k) have a z that one of the tasks (n, 2) has there, too: then
-    the two tasks have one slope on the query's line. Bool (B, k)."""
-    if len(tokens) > 16:                                     # in pieces: (B, k, n) is large
-        return torch.cat([known_slopes(t, tasks, p) for t in tokens.split(16)])
-    xy, z = tokens.unflatten(1, (-1, 3)).split([2, 1], dim=-1)                       # (B, k, 2 | 1)
-    return ((g.features(xy, p).float() @ tasks.T.float()).long() % p == z).any(-1)
-
+# If it knows its tasks by heart: above "ratio" on i.d. tasks, near chance on others.
 def measure_shots(lab):
-    """On each of the four sets: {"set, who": accuracy over all and novel queries, (2, k)}, {"set,
-    slopes": the model's accuracy on all ratio queries of known and of new slopes, (2,)}."""
+    """{"set, who": accuracy over all and novel queries, (2, k)} on each of the four sets."""
     sets, found = g.eval_sequences(lab.split, "test_ood", 16 * SEQUENCES, lab.k, lab.p, SEED), {}
     for name, tokens in sets.items():
         said = torch.cat([answers(lab, t, everywhere=False) for t in tokens.split(g.CHUNK)])
-        right, known = said == tokens[:, 2::3], known_slopes(tokens, lab.split["id"], lab.p)
-        in_table = known & g.solvable(tokens, lab.p)[0]
-        curves = [g.accuracy(right, tokens), *g.oracle_accuracy(tokens, lab.p),
-                  g.accuracy(torch.where(in_table, 1.0, 1 / lab.p), tokens)]
+        curves = g.accuracy(said == tokens[:, 2::3], tokens), *g.oracle_accuracy(tokens, lab.p)
         found |= {f"{name}, {who}": curve for who, curve in zip(WHO, curves)}
-        is_ratio = skill_of(tokens, lab.p) == 1
-        found[f"{name}, slopes"] = torch.stack(
-            [right[is_ratio & which].float().mean() for which in (known, ~known)])
     return found
-
-def last_shot(found, name):
-    """Of measure_shots, on a set: {who: accuracy on novel queries, last shot}, and by slopes."""
-    return ({who: found[f"{name}, {who}"][1, -1].item() for who in WHO}
-            | dict(zip(("known slopes", "new slopes"), found[f"{name}, slopes"].tolist())))
 
 def show_shots(lab, found):
     table(f"Accuracy on novel queries after {lab.k - 1} shots, in %",
-          {name: last_shot(found, name) for name in KINDS},
-          "a model that matches ratios is near ratio on all sets; table: of the training tasks' "
-          f"slopes;\nknown, new slopes: the model on all ratio queries; chance {100 / lab.p:.1f}")
+          {name: {who: found[f"{name}, {who}"][1, -1].item() for who in WHO} for name in KINDS},
+          f"a model that matches ratios is near ratio on all sets; chance {100 / lab.p:.1f}")
 
 # -------------------------------------------------------------------------------- Skills (figure 5)
 # Question: which queries does it answer?
@@ -508,59 +480,6 @@ def draw_similarity(subplots, lab, found):
     fig.colorbar(image, label="cosine similarity", shrink=0.8)
     ax.set(title=f"{found['clearest']}: inputs (x, y) sorted by log(y/x), then by log x")
     return {"similarity.png": fig}
-
-# ----------------------------------------------------------------------------------------- Patching
-# Question: which parts are needed, and which carry the task?
-# Method:   hold a part at its mean; or patch it from a run with the same inputs on another task.
-# If it is needed: held, less ratio queries are right. If it carries the task: patched, the answers
-#           become the other task's. If neither: as many as without a change, and none.
-def parts_of(lab):
-    """{"head 0.1" or "MLP 0": (its site, its slice of it)}."""
-    width = lab.cfg.embd // lab.cfg.heads
-    parts = {f"head {i}.{h}": (f"heads {i}", slice(h * width, (h + 1) * width))
-             for i in range(lab.cfg.depth) for h in range(lab.cfg.heads)}
-    return parts | {f"MLP {i}": (f"neurons {i}", slice(None)) for i in range(lab.cfg.depth)}
-
-def answers_with(lab, tokens, values, changes):
-    """answers() where each of changes, (part, positions), reads {site: (T, n) or (B, T, n)}."""
-    parts, changed = parts_of(lab), {}
-    for site, module in sites(lab.model).items():
-        mine = [(at, parts[part][1]) for part, at in changes if parts[part][0] == site]
-
-        def put(x, site=site, mine=mine):
-            x = x.clone()
-            for at, columns in mine:
-                x[:, at, columns] = values[site][..., at, columns].to(x)
-            return x
-        changed[module] = put
-    return run_with(changed, lambda: answers(lab, tokens))
-
-def measure_patching(lab):
-    """"parts": {part: {"held x": accuracy on ratio queries, ..., "patched x": how often the answer
-    is the other task's, ...}}; "nothing", "unpatched": the same without any change."""
-    known = g.to_tokens(*contexts(lab, "val_ood", SEQUENCES, lab.k), lab.p)
-    tasks, inputs = contexts(lab, "test_ood", SEQUENCES, lab.k)
-    ours, theirs = (g.to_tokens(t, inputs, lab.p) for t in (tasks, tasks.roll(1, 0)))
-    seen, other = (record(sites(lab.model), lambda: answers(lab, t)) for t in (known, theirs))
-    means = {site: values.mean(0) for site, values in seen.items()}
-    is_ratio, differs = skill_of(ours, lab.p) == 1, theirs[:, 2::3] != ours[:, 2::3]
-
-    def right(changes):
-        said = answers_with(lab, ours, means, changes)
-        return (said == ours[:, 2::3])[is_ratio].float().mean().item()
-
-    def as_theirs(changes):
-        said = answers_with(lab, ours, other, changes)
-        return (said == theirs[:, 2::3])[is_ratio & differs].float().mean().item()
-    parts = {part: {f"held {name}": right([(part, at)]) for name, at in POSITIONS.items()}
-             | {f"patched {name}": as_theirs([(part, at)]) for name, at in POSITIONS.items()}
-             for part in bar(parts_of(lab), "patching")}
-    return {"nothing": right([]), "unpatched": as_theirs([]), "parts": parts}
-
-def show_patching(lab, found):
-    table("Ratio queries, in %: right with a part held; as the other task with it patched",
-          found["parts"], f"at all x, y or z; without any change {100 * found['nothing']:.1f} and "
-          f"{100 * found['unpatched']:.1f}: less if a part is needed, more if it carries the task")
 
 # ------------------------------------- Circuit: two blocks, from end to end (not in the paper)
 # Question: does a model with two blocks run this program? On each example and on the query divide x
@@ -961,80 +880,6 @@ def draw_lessons(subplots, lab, found):
     ax.legend(loc="lower right")
     return {"lessons.png": fig}
 
-# --------------------------------------------------------- Many runs: shares and phases (figure 1b)
-# Question: how does the end of training depend on tasks, inputs, depth and p?
-# Method:   each run's share, (accuracy - chance) / (Ratio Matching's - chance), and its phase.
-# If it matches ratios: 100% on all four sets, also where its training tasks are of no help.
-# If it knows its tasks by heart: over 100% on i.d. tasks; on others at most what the table has.
-def held_out(runs):
-    """{(p, seed): the set of test o.o.d. tasks that all runs of it share}; BadInput if none."""
-    common = {}
-    for checkpoint, cfg, _ in runs.values():
-        tasks = set(map(tuple, checkpoint["split"]["test_ood"].tolist()))
-        common[cfg.p, cfg.seed] = common.get((cfg.p, cfg.seed), tasks) & tasks
-    for (p, seed), tasks in common.items():
-        if not tasks:
-            raise g.BadInput(f"phases: the runs with --p {p} --seed {seed} have no held-out task "
-                             "in common to be compared on; give fewer of them")
-    return common
-
-def share(row, who, p):
-    """How far accuracies {who: ...} have come from chance, 0, to Ratio Matching, 1; nan where that
-    is at chance itself."""
-    possible = row["ratio"] - 1 / p
-    return (row[who] - 1 / p) / possible if possible > 1e-6 else math.nan
-
-def measure_phases(runs):
-    """{run: its config, share on each set and of the table, accuracy by slope, phase}. The o.o.d.
-    tasks are those that no run of the same p and seed learned from or stopped by."""
-    found, common = {}, held_out(runs)
-    for name, (checkpoint, cfg, model) in bar(runs.items(), "phases"):
-        split = checkpoint["split"] | {"test_ood": torch.tensor(sorted(common[cfg.p, cfg.seed]))}
-        curves = measure_shots(SimpleNamespace(model=model, split=split, p=cfg.p, k=cfg.examples,
-                                               device=model.norm.weight.device))
-        rows = [last_shot(curves, kind) for kind in KINDS]
-        ood_train = rows[KINDS.index("test_ood_train")]
-        words = g.phase([r["model"] for r in rows], [r["ratio"] for r in rows], cfg.p).split()
-        found[name] = {k: str(getattr(cfg, k)) for k in "p tasks alpha depth embd seed".split()}
-        found[name] |= {kind: share(row, "model", cfg.p) for kind, row in zip(SETS, rows)}
-        found[name] |= {"table": share(ood_train, "table", cfg.p),
-                        **{slopes: ood_train[slopes] for slopes in ("known slopes", "new slopes")},
-                        "phase": "".join(w[0].upper() for w in words) if len(words) == 2 else "?"}
-    return found
-
-def show_phases(runs, found):
-    table("Share of what Ratio Matching can, in % (0 is chance), on novel queries", found,
-          "table: of the training tasks' slopes; known, new slopes: accuracy on ratio queries; "
-          "these: o.o.d. tasks,\ntrain inputs; phase: I, O: i.d., o.o.d.; M, G: memorization, "
-          "generalization; ?: none of these")
-
-def draw_phases(subplots, runs, found):
-    kinds = {}                                               # {p, depth, alpha: {tasks: runs}}
-    for name, row in sorted(found.items(), key=lambda item: int(item[1]["tasks"])):
-        kind = kinds.setdefault("p {p}, depth {depth}, alpha {alpha}".format(**row), {})
-        kind.setdefault(int(row["tasks"]), []).append(name)
-    fig, axes = subplots(2, len(kinds), sharey="row", squeeze=False,
-                             figsize=(2 + 3 * len(kinds), 5.5))
-    for (ends, training), (title, kind) in zip(axes.T, kinds.items()):
-        for what, style in zip((*SETS, "table"), "oC7-- vC7- oC0-- vC0- +k-".split()):
-            shares = [[100 * found[name][what] for name in names] for names in kind.values()]
-            ends.semilogx([*kind], [np.mean(s) for s in shares], style, base=2, label=what)
-            for n, values in zip(kind, shares):
-                ends.plot(len(values) * [n], values, style.strip("-"), ms=3)
-        for colour, (n, names) in enumerate(kind.items()):
-            training.plot([], [], f"C{colour}", label=f"{n} tasks")      # for the legend
-            for history in (runs[name][0]["history"] for name in names):
-                for what, style in ("val_ood_train_novel", "-"), ("id_train_novel", ":"):
-                    training.plot([row["step"] for row in history], [100 * row[what] for row in
-                                  history], f"C{colour}{style}", lw=0.8)
-        ends.set(title=title, xlabel="pre-training tasks", xticks=[*kind], xticklabels=[*kind])
-        training.set(xlabel="training step", ylim=(0, 104))
-        training.legend(title="dotted: i.d. tasks", loc="upper left", bbox_to_anchor=(1, 1))
-    axes[0, 0].set_ylabel("share of Ratio Matching's (%)")
-    axes[1, 0].set_ylabel("accuracy, novel queries (%)")
-    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return {"phases.png": fig}
-
 # ------------------------------------------------------------------------------------- Command line
 
 SECTIONS = {                  # of each part, what measures, prints and draws it
@@ -1044,15 +889,13 @@ SECTIONS = {                  # of each part, what measures, prints and draws it
     "pca": (measure_pca, show_pca, draw_pca),
     "fourier": (measure_fourier, show_fourier, draw_fourier),
     "similarity": (measure_similarity, show_similarity, draw_similarity),
-    "patching": (measure_patching, show_patching, None),
     "circuit": (measure_circuit, show_circuit, None),
     "votes": (measure_votes, show_votes, draw_votes),
-    "lessons": (measure_lessons, show_lessons, draw_lessons),            # of a run with snapshots
-    "phases": (measure_phases, show_phases, draw_phases)}                # of many runs
+    "lessons": (measure_lessons, show_lessons, draw_lessons)}            # of a run with snapshots
 
-def open_lab(path, device, file="best.pt"):
+def open_lab(path, device):
     """What every part needs: a model, its config, its split."""
-    file = os.path.join(path, file) if os.path.isdir(path) else path
+    file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     device = g.pick_device(device)
     checkpoint, cfg, model = g.load_checkpoint(file, device)
     as_in_the_paper = torch.equal(g.features(g.grid(cfg.p), cfg.p), g.grid(cfg.p))
@@ -1061,23 +904,12 @@ def open_lab(path, device, file="best.pt"):
     possible = {"votes": as_in_the_paper and cfg.p > 5 and cfg.examples > 4 and nonzero,
                 "circuit": as_in_the_paper and cfg.p > 3 and cfg.examples > 2 and (
                     nonzero and cfg.depth == 2),
-                "similarity": as_in_the_paper, "lessons": len(snapshots) > 0, "phases": False}
+                "similarity": as_in_the_paper, "lessons": len(snapshots) > 0}
     return SimpleNamespace(
         model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, observed=None,
         heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
         parts=[part for part in SECTIONS if possible.get(part, True)], split=checkpoint["split"],
         snapshots=sorted(snapshots, key=lambda name: (len(name), name)))
-
-def open_runs(folders, device, file="best.pt"):
-    """{folder: (checkpoint, config, model)} of the runs under the folders, comparable by phases."""
-    runs, device = {}, g.pick_device(device)
-    for folder in folders or ["out"]:
-        files = sorted(glob.glob(os.path.join(glob.escape(folder), "**", file), recursive=True))
-        if not files:
-            raise g.BadInput(f"{folder}: no run (a folder with {file}) there")
-        runs |= {os.path.dirname(path): g.load_checkpoint(path, device) for path in files}
-    held_out(runs)
-    return runs
 
 def save(out, found):
     """{part: {name: value}} to out/analysis.json, the tensors among them to out/analysis.npz."""
@@ -1137,29 +969,23 @@ def main(argv=None):
     """Measure, print, draw. Returns the exit code; bad input is one line on stderr and code 2."""
     def refuse(message):
         raise g.BadInput(message)
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, usage="analyze.py RUN|FILE [part ...] | phases [DIR ...]")
+    parser = argparse.ArgumentParser(allow_abbrev=False, usage="analyze.py RUN|FILE [part ...]")
     parser.error = refuse
-    parser.add_argument("path", metavar="RUN|FILE", help="a run's folder, a checkpoint, or: phases")
-    parser.add_argument("parts", nargs="*", default=[],
-                        help=f"of {', '.join([*SECTIONS][:-1])} [all]")
+    parser.add_argument("path", metavar="RUN|FILE", help="a run's folder or a checkpoint")
+    parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(SECTIONS)} [all]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
-    parser.add_argument("--out", help="folder to write to [the run's; for FILE.pt FILE; else here]")
-    parser.add_argument("--last", action="store_const", const="last.pt", default="best.pt",
-                        dest="file", help="a run's last checkpoint in place of its best")
+    parser.add_argument("--out", help="folder to write to [the run's; for FILE.pt FILE]")
     try:
         args = parser.parse_intermixed_args(argv)
-        phases = args.path == "phases"
-        lab = (open_runs(args.parts, args.device, args.file) if phases else
-               open_lab(args.path, args.device, args.file))
-        parts = ["phases"] if phases else args.parts or [
-            part for part in lab.parts if part != "votes" or lab.cfg.depth > 2]      # takes long
+        lab = open_lab(args.path, args.device)
+        parts = args.parts or [part for part in lab.parts
+                               if part != "votes" or lab.cfg.depth > 2]              # takes long
         for part in parts:
-            if not phases and part not in lab.parts:
+            if part not in lab.parts:
                 raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: five examples, p "
                                  "above 5; circuit: two blocks; both and similarity: the paper's "
                                  "rule; lessons: --snapshots)")
-        out = args.out or ("." if phases else args.path if os.path.isdir(args.path) else
+        out = args.out or (args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         try:
             os.makedirs(out, exist_ok=True)

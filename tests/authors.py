@@ -60,28 +60,32 @@ def main(folder, *argv):
     os.makedirs(cfg.out)
     rows = []
 
+    def look(step):
+        model.eval()
+        row = {"step": step}
+        for name, tokens in sets.items():
+            found = g.evaluate(lambda t: model(t)[:, 1::3], tokens)[:, -1]
+            row[name], row[f"{name}_novel"] = found.tolist()
+        model.train()
+        rows.append(row)
+        lines = [",".join(map(str, v)) for v in (row, *(r.values() for r in rows))]
+        with open(os.path.join(cfg.out, "metrics.csv"), "w") as f:
+            f.write("\n".join(lines) + "\n")
+        print("step {step:6d}  i.d. {id_train:.2f}/{id_test:.2f}  o.o.d. "
+              "{val_ood_train:.2f}/{val_ood_test:.2f}".format(**row), flush=True)
+
     def batches():
-        """Their batches; before one that follows cfg.eval_every steps their model is evaluated."""
+        """Their batches; when they ask for the next one, their model may be looked at."""
         step = 0
         while True:
             sampler.set_epoch(step)
             for batch in loader:
                 if step and step % cfg.eval_every == 0:
-                    model.eval()
-                    row = {"step": step}
-                    for name, tokens in sets.items():
-                        found = g.evaluate(lambda t: model(t)[:, 1::3], tokens)[:, -1]
-                        row[name], row[f"{name}_novel"] = found.tolist()
-                    model.train()
-                    rows.append(row)
-                    lines = [",".join(map(str, v)) for v in (row, *(r.values() for r in rows))]
-                    with open(os.path.join(cfg.out, "metrics.csv"), "w") as f:
-                        f.write("\n".join(lines) + "\n")
-                    print("step {step:6d}  i.d. {id_train:.2f}/{id_test:.2f}  o.o.d. "
-                          "{val_ood_train:.2f}/{val_ood_test:.2f}".format(**row), flush=True)
+                    look(step)
                 yield batch
                 step += 1
     train(batches())
+    look(cfg.steps)
 
 
 if __name__ == "__main__":

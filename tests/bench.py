@@ -8,11 +8,11 @@ How fast is a training step, and what are its parts worth?
 
 Takes the flags of grok_icl.py and trains some steps past the lessons, without writing. Variants
 take turns, step by step, so that a busy machine is busy for all. Run by hand, not by pytest. DIR is
-a copy of https://github.com/ablghtianyi/ICL_Modular_Arithmetic (needs pandas, schedulefree and
-rotary_embedding_torch): its data loader, model, loss and metrics run in its own training loop.
+a copy of the authors' code (see authors.py).
 """
 import argparse
 import copy
+import dataclasses
 import os
 import statistics
 import sys
@@ -22,7 +22,9 @@ import time
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.join(HERE, "..")]
+import authors  # noqa: E402
 import grok_icl as g  # noqa: E402
 
 
@@ -124,34 +126,13 @@ def spread(values):
 def against_authors(folder, cfg, ours, rounds, block):
     """Seconds a step of the authors' loop and of ours, in turn: two lists. Theirs asks our iterator
     for each batch; there we time its last step, run our own, and time its loader's next batch."""
-    sys.path[:0] = [folder, os.path.join(folder, "pre_training")]
-    sys.argv, argv = sys.argv[:1], sys.argv
-    import icl_grokking as theirs
-    from _src import task_utils, train_utils
-    sys.argv = argv
-    device = ours.device.type
-    flags = dict(device=device, mixed_precision=device == "cuda", n_layer=cfg.depth,
-                 n_embd=cfg.embd, n_head=cfg.heads, p=cfg.p, base=cfg.p, n_tasks_pl=cfg.tasks // 4,
-                 n_point_per_row=cfg.examples, data_pct=100 * cfg.alpha, bs=cfg.batch, lr=cfg.lr,
-                 wd=cfg.wd, n_val_step=0, n_ckpts=0, steps=block * (rounds + 2), warmup_steps=1)
-    args = theirs.parser.parse_args([f"--{name}={value}" for name, value in flags.items()])
-    args.dtype = torch.bfloat16 if args.mixed_precision else torch.float32
-    args.tasks = task_utils.parallelogram_tasks_with_shared_components(
-        task_utils.generate_all_unique_sublists(args, args.n_tasks_pl), args)
-    args.n_tasks, args.n_ood_tasks, args.ood_bs, args.ngpu_per_node = len(args.tasks), 8, 8, 1
-    data, _, tokenizer = theirs.prepare_data(args, args.tasks)
-    args.vocab_size, args.max_digits = len(tokenizer), tokenizer.max_digits
-    args.dim = 3 * args.max_digits
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo",  # for the sampler
-                                         store=torch.distributed.HashStore(), rank=0, world_size=1)
-    loader, sampler = theirs.get_train_dataloader(
-        data.view(args.n_tasks, len(data) // args.n_tasks, -1), args.bs, args)
-    model = theirs.RoPETransformer(theirs.RoPEFlashAttention, args).to(device)
+    steps = block * (rounds + 2)
+    _, loader, _, _, train = authors.setup(folder, dataclasses.replace(cfg, steps=steps, warmup=1))
     times = [], []
 
     def in_turn():
         batches, spent, begin = iter(loader), 0, None
-        for n in range(args.steps + 1):
+        for n in range(steps + 1):
             if begin:
                 spent += ours.now() - begin                   # their step
             if n and n % block == 0:
@@ -163,11 +144,7 @@ def against_authors(folder, cfg, ours, rounds, block):
             spent += ours.now() - begin                       # their batch
             begin = ours.now()
             yield batch
-    scaler = theirs.GradScaler(enabled=args.mixed_precision)
-    with tempfile.TemporaryDirectory() as temporary:
-        train_utils.train_tf_icl(
-            torch.compile(model) if device == "cuda" else model, model, in_turn(), [], [], [], None,
-            scaler, args, torch.device(device), data_prefix=os.path.join(temporary, "x"))
+    train(in_turn())
     return times[0][1:], times[1][1:]                         # the first block warms up
 
 

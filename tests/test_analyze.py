@@ -143,45 +143,6 @@ def test_against_null(monkeypatch):
 # Shots, skills, attention
 # -------------------------------------------------------------------------------------------------
 
-def test_known_slopes_against_slopes_on_a_line():
-    """Two tasks have one slope on a line if they map some point of it, hence all, alike."""
-    p, gen = 5, torch.Generator().manual_seed(0)
-    tasks = g.grid(p)[torch.randperm(25, generator=gen)[:3]]
-    inputs = torch.randint(p, (40, 4, 2), generator=gen)
-    asked = g.grid(p)[torch.randint(25, (40,), generator=gen)]
-    known = a.known_slopes(g.to_tokens(asked, inputs, p), tasks, p)
-    for (c, d), row, points in zip(asked.tolist(), known.tolist(), inputs.tolist()):
-        for (x, y), found in zip(points, row):
-            line = [(n * x % p, n * y % p) for n in range(p)]
-            assert found == any(all((c * u + d * v - e * u - f * v) % p == 0 for u, v in line)
-                                for e, f in tasks.tolist())
-    assert 0.2 < known.float().mean() < 0.95
-
-
-def test_shots_tell_a_table_from_division():
-    """A planted table of the pre-training tasks' slopes, and a planted Ratio Matcher."""
-    p, lab = 7, planted_lab(exact("ratio"), examples=6)
-    lab.split = g.make_split(config(tasks=8, examples=6))
-    found = a.last_shot(a.measure_shots(lab), "test_ood_train")
-    assert found["known slopes"] == found["new slopes"] == 1 > found["table"] > 1 / p
-    by_ratio, tasks = lab.model, {tuple(task) for task in lab.split["id"].tolist()}
-
-    def table(tokens):
-        """Nothing but examples on the query's line, and what pre-training tasks have there."""
-        logits = by_ratio(tokens, g.EACH_Y)
-        xy, said = tokens.reshape(len(tokens), -1), logits.argmax(-1)
-        queries = torch.stack((xy[:, 0::3], xy[:, 1::3]), -1)
-        for row, answers in zip(queries.tolist(), said):
-            for t, (x, y) in enumerate(row):
-                if not any((c * x + d * y) % p == answers[t] for c, d in tasks):
-                    answers[t] = (answers[t] + 1) % p
-        return torch.nn.functional.one_hot(said, p).float()
-    lab.model = table
-    by_table = a.last_shot(a.measure_shots(lab), "test_ood_train")
-    assert by_table["known slopes"] == 1 and by_table["new slopes"] == 0
-    assert abs(by_table["model"] - found["table"]) < 0.05             # up to lucky guesses
-
-
 @pytest.mark.parametrize("algorithm", ["ratio", "regression", "neither"])
 def test_skills_of_exact_algorithms(algorithm):
     """Regression by the last two examples alone: so not where these are on one line."""
@@ -626,62 +587,6 @@ def test_heads_that_fetch_are_found(monkeypatch):
     assert (found["pairs"] == 1).nonzero().tolist() == [[2, 3], [3, 2]]
 
 
-def one_head_alone():
-    """A model in which only head 1.1 writes to the stream."""
-    lab = planted_lab()
-    with torch.no_grad():
-        for i, block in enumerate(lab.model.blocks):
-            block.mlp.down.weight.zero_()
-            block.attention.out.weight.mul_(3)[:, :8 if i else None] = 0
-    return lab
-
-
-def test_a_planted_head_is_found_by_patching_and_by_ablation():
-    """Its output from another run brings that run's answers; any other part's changes nothing."""
-    lab = one_head_alone()
-    ours = sequences(lab)
-    theirs = ours.clone()
-    theirs[:, 2::3] = (theirs[:, 2::3] + 1) % 7                  # x and y as before
-    values = a.record(a.sites(lab.model), lambda: a.answers(lab, theirs))
-    before, after = a.answers(lab, ours), a.answers(lab, theirs)
-    assert (before != after).float().mean() > 0.1
-    for part, (name, at) in itertools.product(a.parts_of(lab), a.POSITIONS.items()):
-        patched = a.answers_with(lab, ours, values, [(part, at)])
-        assert torch.equal(patched, after if (part, name) == ("head 1.1", "y") else before)
-    means = {site: v.mean(0) for site, v in values.items()}
-    held = a.answers_with(lab, ours, means, [("head 1.1", slice(None))])
-    assert not torch.equal(held, before)
-    assert torch.equal(a.answers_with(lab, ours, means, [("head 0.0", slice(None))]), before)
-
-
-def test_the_table_of_patching_shows_the_planted_head():
-    """Patched, it answers another task's queries as that run does. Other parts change nothing."""
-    lab = one_head_alone()
-    found = a.measure_patching(lab)
-    tasks, inputs = a.contexts(lab, "test_ood", a.SEQUENCES, lab.k)
-    ours, theirs = (g.to_tokens(t, inputs, 7) for t in (tasks, tasks.roll(1, 0)))
-    ratio, z, other = a.skill_of(ours, 7) == 1, ours[:, 2::3], theirs[:, 2::3]
-    right = [(a.answers(lab, tokens) == wanted)[ratio & (wanted != differs)].float().mean().item()
-             for tokens, wanted, differs in ((theirs, other, z), (ours, other, z))]
-    for part, row in found["parts"].items():
-        for name in a.POSITIONS:
-            planted = (part, name) == ("head 1.1", "y")
-            assert row[f"patched {name}"] == pytest.approx(right[0] if planted else right[1])
-            assert (row[f"held {name}"] != pytest.approx(found["nothing"], abs=1e-6)) == planted
-    assert right[0] != pytest.approx(right[1])
-
-
-def test_all_parts_from_another_run_give_its_answers():
-    """At y the tokens are the same in both; all else that reaches the prediction is patched."""
-    lab = planted_lab()
-    ours = sequences(lab)
-    theirs = ours.clone()
-    theirs[:, 2::3] = (theirs[:, 2::3] + 1) % 7
-    values = a.record(a.sites(lab.model), lambda: a.answers(lab, theirs))
-    patched = a.answers_with(lab, ours, values, [(part, slice(None)) for part in a.parts_of(lab)])
-    assert torch.equal(patched, a.answers(lab, theirs))
-    assert not torch.equal(patched, a.answers(lab, ours))
-
 # -------------------------------------------------------------------------------------------------
 # Lessons
 # -------------------------------------------------------------------------------------------------
@@ -737,10 +642,9 @@ def quick(monkeypatch):
 
 
 def test_everything_for_a_run(tiny_run, tmp_path, quick, capsys):
-    *parts, phases = a.SECTIONS
-    assert a.main([str(tiny_run), *parts, "--out", str(tmp_path)]) is None
+    assert a.main([str(tiny_run), *a.SECTIONS, "--out", str(tmp_path)]) is None
     numbers = json.loads((tmp_path / "analysis.json").read_text())
-    assert [*numbers] == parts and numbers["pca"]["planes"] == "in analysis.npz"
+    assert [*numbers] == [*a.SECTIONS] and numbers["pca"]["planes"] == "in analysis.npz"
     with np.load(tmp_path / "analysis.npz") as arrays:
         assert arrays["shots/test_ood_test, model"].shape == (2, 6)
         assert arrays["attention/maps"].shape == (2, 2, 15, 15)
@@ -752,7 +656,7 @@ def need_matplotlib():
 
 def test_pictures_of_a_run(tiny_run, tmp_path, quick, capsys):
     need_matplotlib()
-    assert a.main([str(tiny_run), *[*a.SECTIONS][:-1], "--out", str(tmp_path)]) is None
+    assert a.main([str(tiny_run), *a.SECTIONS, "--out", str(tmp_path)]) is None
     pictures = {f.name for f in tmp_path.iterdir()} - {"analysis.json", "analysis.npz"}
     names = ("skills", "skill_grid", "attention", "pca", "fourier", "similarity", "votes",
              "lessons")
@@ -766,7 +670,7 @@ def test_the_shortest_sequences_can_be_analyzed(tmp_path, quick, capsys):
     g.save(run, cfg, "best.pt")
     assert a.main([str(tmp_path)]) is None
     parts = json.loads((tmp_path / "analysis.json").read_text())
-    assert "patching" in parts and not {"circuit", "votes"} & {*parts}
+    assert "fourier" in parts and not {"circuit", "votes"} & {*parts}
     assert a.main([str(tmp_path), "votes"]) == 2 and "votes: not of" in capsys.readouterr().err
 
 
@@ -776,7 +680,7 @@ def test_what_another_rule_makes_meaningless_is_refused(tiny_run, tmp_path, monk
     assert "another version of the code" in capsys.readouterr().err
     planted_run(tmp_path / "run")
     lab = a.open_lab(str(tmp_path / "run"), "cpu")
-    assert lab.parts == ["shots", "skills", "attention", "pca", "fourier", "patching"]
+    assert lab.parts == ["shots", "skills", "attention", "pca", "fourier"]
     assert a.main([str(tmp_path / "run"), "lessons"]) == 2       # it kept no snapshots
     assert "lessons: --snapshots" in capsys.readouterr().err
     assert a.main([str(tmp_path / "run"), "similarity"]) == 2
@@ -800,10 +704,10 @@ def test_without_matplotlib_the_numbers_are_there(tiny_run, tmp_path, quick, mon
             raise ImportError(name)
         return real(name, *args)
     monkeypatch.setattr(builtins, "__import__", without)
-    assert a.main([str(tiny_run / "best.pt"), "skills", "patching", "--out",
+    assert a.main([str(tiny_run / "best.pt"), "skills", "fourier", "--out",
                    str(tmp_path)]) is None
     assert "pip install matplotlib" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
-    assert "parts" in json.loads((tmp_path / "analysis.json").read_text())["patching"]
+    assert "kept" in json.loads((tmp_path / "analysis.json").read_text())["fourier"]
 
 
 def strict(path):
@@ -856,65 +760,7 @@ def planted_run(out, **changes):
     g.save(run, cfg, "best.pt")
 
 
-@pytest.fixture
-def sweep(tmp_path):
-    for alpha, tasks in ((0.5, 8), (0.8, 8), (0.8, 12)):
-        planted_run(tmp_path / "sweep[1]" / f"{alpha}-{tasks}", alpha=alpha, tasks=tasks)
-    return tmp_path / "sweep[1]"                                 # brackets are no pattern
-
-
-def test_runs_are_compared_on_tasks_that_all_hold_out(sweep, monkeypatch):
-    """Shares of a planted Ratio Matcher are near 1, of a model that says 0 they are near 0."""
-    runs, asked, sequences = a.open_runs([str(sweep)], "cpu"), [], g.eval_sequences
-    monkeypatch.setattr(g, "eval_sequences",
-                        lambda *args: [asked.append(args), sequences(*args)][1])
-
-    def planted(model):
-        model.norm = SimpleNamespace(weight=torch.zeros(1))
-        return a.measure_phases({name: (*run, model) for name, (*run, _) in runs.items()})
-    found = planted(exact("ratio"))
-    for row in found.values():
-        assert all(0.8 < row[name] < 1.2 for name in a.SETS) and row["phase"] == "OG"
-        assert 0 < row["table"] < 1 == row["known slopes"] == row["new slopes"]
-    assert {row["tasks"] for row in found.values()} == {"8", "12"}
-    known = {tuple(task) for checkpoint, *_ in runs.values() for kind in ("id", "val_ood")
-             for task in checkpoint["split"][kind].tolist()}
-    tasks = [set(map(tuple, split["test_ood"].tolist())) for split, *_ in asked]
-    held_out = set(itertools.product(range(7), repeat=2)) - known
-    assert tasks[0] and tasks[0] == tasks[1] == tasks[2] == held_out
-    assert all(abs(row[name]) < 0.4 and row["phase"] == "?"
-               for row in planted(exact("neither")).values() for name in a.SETS)
-
-
-def test_a_sweep_is_shown(sweep, tmp_path, capsys):
-    assert a.main(["phases", str(sweep), "--out", str(tmp_path)]) is None
-    out = capsys.readouterr().out
-    assert all(str(sweep / name) in out for name in ("0.5-8", "0.8-8", "0.8-12"))
-    assert len(json.loads((tmp_path / "analysis.json").read_text())["phases"]) == 3
-
-
-def test_pictures_of_a_sweep(sweep, tmp_path, capsys):
-    need_matplotlib()
-    assert a.main(["phases", str(sweep), "--out", str(tmp_path)]) is None
-    assert (tmp_path / "phases.png").exists()
-
-
-def test_the_last_checkpoint_in_place_of_the_best(sweep, tmp_path, capsys):
-    for folder in sweep.iterdir():
-        os.rename(folder / "best.pt", folder / "last.pt")
-    out = ["--out", str(tmp_path)]
-    for path in ("phases", str(sweep)), (str(sweep / "0.8-8"), "shots"):
-        assert a.main([*path, *out]) == 2 and "best.pt" in capsys.readouterr().err
-        assert a.main([*path, *out, "--last"]) is None
-
-
-def test_a_missing_folder_is_named(sweep, tmp_path, capsys):
-    assert a.main(["phases", str(sweep), str(tmp_path / "missing"), "--out", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "missing" in err and not (tmp_path / "analysis.json").exists()
-
-
-def test_half_written_pictures_replace_none(sweep, tmp_path, monkeypatch, capsys):
+def test_half_written_pictures_replace_none(tiny_run, tmp_path, quick, monkeypatch, capsys):
     need_matplotlib()
     from matplotlib.figure import Figure
 
@@ -922,26 +768,11 @@ def test_half_written_pictures_replace_none(sweep, tmp_path, monkeypatch, capsys
         file.write(b"half")
         raise OSError("disk full")
     monkeypatch.setattr(Figure, "savefig", half)
-    (tmp_path / "phases.png").write_bytes(b"old")
-    assert a.main(["phases", str(sweep), "--out", str(tmp_path)]) is None
+    (tmp_path / "pca.png").write_bytes(b"old")
+    assert a.main([str(tiny_run), "pca", "--out", str(tmp_path)]) is None
     assert "Not all pictures: OSError" in capsys.readouterr().out
     pictures = {f.name: f.read_bytes() for f in tmp_path.glob("*.png")}
-    assert pictures == {"phases.png": b"old"}
-
-
-def test_runs_without_a_held_out_task_in_common_are_not_compared(tmp_path, capsys):
-    """Two runs of one seed whose test tasks have been made disjoint."""
-    for n, kept in enumerate((slice(0, 12), slice(12, 24))):
-        cfg = config(out=str(tmp_path / f"run{n}"))
-        run = g.make_run(cfg)
-        every = torch.cat([run.split[kind] for kind in ("id", "val_ood", "test_ood")])
-        run.split["test_ood"] = every[kept]
-        (tmp_path / f"run{n}").mkdir()
-        g.save(run, cfg, "best.pt")
-    assert a.main(["phases", str(tmp_path), "--out", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "--p 7 --seed 0" in err and "in common" in err
-    assert not (tmp_path / "analysis.json").exists()
+    assert pictures == {"pca.png": b"old"}
 
 
 def test_output_that_nobody_reads_to_its_end_is_no_error(tmp_path):
@@ -956,25 +787,20 @@ def test_output_that_nobody_reads_to_its_end_is_no_error(tmp_path):
     assert process.wait() == 141 and "Traceback" not in stderr and "BrokenPipe" not in stderr
 
 
-@pytest.mark.parametrize("what", [["pca"], ["phases"]])
-def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
-        what, sweep, tiny_run, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written_is_refused_before_measuring(tiny_run, monkeypatch, capsys):
     if not Path("/proc/self").exists():
         pytest.skip("needs a folder that even root can't write to")
-    monkeypatch.setattr(a, f"measure_{what[0]}", lambda lab: pytest.fail("measured"))
-    path = ["phases", str(sweep)] if what == ["phases"] else [str(tiny_run), *what]
-    assert a.main([*path, "--out", "/proc"]) == 2
+    monkeypatch.setitem(a.SECTIONS, "pca", (lambda lab: pytest.fail("measured"), None, None))
+    assert a.main([str(tiny_run), "pca", "--out", "/proc"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "/proc" in err
 
 
 @pytest.mark.parametrize("argv, word", [
     (["nowhere"], "nowhere"), (["RUN", "nonsense"], "nonsense"),
-    (["RUN", "--device", "gpu"], "--device gpu"), (["phases", "nowhere"], "nowhere"),
-    (["phases", "RUN", "--device", "cuda:9"], "--device cuda:9"), (["x.pt"], "x.pt: no such file"),
-    (["phases"], "out: no run"), ([], "RUN"), (["TEXT"], "text.pt"),
-    (["RUN", "--bass", "3"], "--bass"),
-    (["RUN", "phases"], "phases"), (["RUN", "--out", "TEXT/x"], "text.pt")])
+    (["RUN", "--device", "gpu"], "--device gpu"), (["x.pt"], "x.pt: no such file"),
+    ([], "RUN"), (["TEXT"], "text.pt"), (["RUN", "--bass", "3"], "--bass"),
+    (["RUN", "--out", "TEXT/x"], "text.pt")])
 def test_bad_input_is_refused_in_one_line(argv, word, tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "text.pt"

@@ -8,13 +8,16 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 import analyze as a  # noqa: E402
 import grok_icl as g  # noqa: E402
+import solutions  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md"))]
 OLD_FLAGS = {"--no-curriculum", "--axes"}         # of commit cfee113, which some commands name
@@ -67,11 +70,10 @@ def test_each_command_shown_parses(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)                   # so that no run is found, and none is written
     for script, argv in commands(page):
         if script == "analyze":
-            argv = [word for word in argv if word != "--last"]
             flags = [i for i, word in enumerate(argv) if word in ("--out", "--device")]
             parts = [word for i, word in enumerate(argv[1:], 1)
                      if i not in flags and i - 1 not in flags]
-            assert argv[:1] == ["phases"] or {*parts} <= {*a.SECTIONS}, argv
+            assert {*parts} <= {*a.SECTIONS}, argv
         else:
             g.parse_config(argv)
 
@@ -82,14 +84,50 @@ def test_some_commands_are_found():
     assert ("analyze", ["out/quick", "skills", "pca"]) in found
 
 
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+def printed(block):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(block, {})
+    return out.getvalue()
+
+
 def test_the_readmes_python_prints_what_the_text_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    [block] = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), flags=re.S)
+    [block] = blocks(PAGES[0])
 
     def said(block):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(block, {})
-        return [int(n) for n in re.findall(r"\d+", out.getvalue())]
+        return [int(n) for n in re.findall(r"\d+", printed(block))]
     answer, right = said(block)
-    assert answer == right == (12 * 2 + 5 * 8) % 29
-    assert said(block.replace("(2, 8) ", "(2, 9) "))[1] == (12 * 2 + 5 * 9) % 29
+    assert answer == right == (24 * 2 + 20 * 8) % 29
+    answer, right = said(block.replace("(2, 8) ", "(2, 9) "))
+    assert answer != right == (24 * 2 + 20 * 9) % 29
+    split = g.load_checkpoint("assets/p29.pt")[0]["split"]
+    assert [24, 20] in split["test_ood"].tolist()                # "never trained on"
+
+
+def test_even_and_odd_as_the_page_says(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "assets" / "inside.md").read_text(encoding="utf-8")
+    [block] = blocks(ROOT / "assets" / "inside.md")
+    for model in ("p29.pt", "quick.pt"):
+        [row] = re.findall(rf"\| two blocks, `assets/{model}`.*? \| (.*) \|\n", page)
+        said = re.findall(r": (\d+)% \(null (\d+)\)", printed(block.replace("p29.pt", model)))
+        assert " | ".join(f"{n}%" for pair in said for n in pair) == row
+
+
+@pytest.mark.parametrize("name", solutions.SOLUTIONS)
+def test_checks_of_exercises_tell_right_from_wrong(name, monkeypatch):
+    """What a check prints says so with the right solution, and not with a plausible wrong one."""
+    monkeypatch.chdir(ROOT)
+    [block] = [b for b in blocks(ROOT / "assets" / "exercises.md") if f"import {name}\n" in b]
+    outputs = []
+    for solution in solutions.SOLUTIONS[name]:
+        monkeypatch.setitem(sys.modules, "mine", SimpleNamespace(**{name: solution}))
+        outputs.append(printed(block))
+    good = {"idle": r"yours: .* 9\d%.*\nanother: .* [0-5]%", "patched": r"(.* ok\n){8}",
+            "moves": r"(.* right\n){2}"}.get(name, "right\n")
+    assert re.match(good, outputs[0]), outputs[0]
+    assert not re.match(good, outputs[1]), outputs[1]

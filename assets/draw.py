@@ -1,0 +1,202 @@
+"""
+The pictures of README and pages that analyze.py doesn't draw: python assets/draw.py NAME, into assets/.
+
+    circuit, characters     the two drawings, as SVG
+    curves, grokking        from curves.csv and claims.csv
+    authors                 from authors.csv
+    fade                    from runs out/late-16, out/late-32, out/late-64 with snapshots
+"""
+import csv
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, ".."))
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
+
+# --------------------------------------------------------------------------------------- drawings
+class Drawing:
+    """An SVG picture on white, so that it can be read on a dark page, too."""
+    def __init__(self, width, height):
+        self.parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" height="{height}" font-family="Helvetica, Arial, sans-serif">',
+            '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
+            '<path d="M0,0 L8,4 L0,8 z" fill="#444"/></marker></defs>',
+            f'<rect width="{width}" height="{height}" fill="#ffffff"/>']
+
+    def text(self, x, y, words, size=14, colour="#222", anchor="middle", bold=False):
+        weight = ' font-weight="bold"' if bold else ""
+        self.parts.append(f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" '
+                          f'text-anchor="{anchor}"{weight}>{words}</text>')
+
+    def box(self, x, y, width, words, fill="#f2f2f2", height=34):
+        """A box around words, x and y being its middle."""
+        self.parts.append(f'<rect x="{x - width / 2}" y="{y - height / 2}" width="{width}" '
+                          f'height="{height}" rx="6" fill="{fill}" stroke="#666"/>')
+        self.text(x, y + 5, words)
+
+    def arrow(self, x1, y1, x2, y2):
+        self.parts.append(f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="#444" '
+                          'stroke-width="1.6" marker-end="url(#tip)"/>')
+
+    def dot(self, x, y, radius, fill, stroke="none"):
+        self.parts.append(f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{fill}" stroke="{stroke}"/>')
+
+    def save(self, name):
+        with open(os.path.join(HERE, name), "w", encoding="utf-8") as f:
+            f.write("\n".join([*self.parts, "</svg>"]) + "\n")
+
+def circuit():
+    """The program of a model with two blocks. The shares are those of `analyze.py p29.pt circuit`."""
+    d = Drawing(760, 330)
+    for x, words in ((190, "an example on the query's line"), (530, "the query")):
+        d.text(x, 24, words, bold=True)
+    for x, words in ((110, "x"), (190, "y"), (270, "z"), (490, "x"), (570, "y")):
+        d.box(x, 55, 44, words, "#ffffff")
+    d.text(14, 130, "block 0", 13, GREY, "start")
+    d.text(14, 225, "block 1", 13, GREY, "start")
+    for x in (110, 190):
+        d.arrow(x, 72, 150 if x == 110 else 158, 108)
+    for x in (190, 270):
+        d.arrow(x, 72, 262 if x == 190 else 268, 108)
+    for x in (490, 570):
+        d.arrow(x, 72, 522 if x == 490 else 534, 108)
+    d.box(155, 126, 70, "x / y", "#dcebf5")
+    d.box(265, 126, 70, "z / y", "#dff1ea")
+    d.box(530, 126, 70, "x / y", "#dcebf5")
+    d.box(345, 215, 190, "equal? then fetch z / y", "#f9e6dc")
+    d.arrow(170, 143, 275, 196)
+    d.arrow(270, 143, 325, 196)
+    d.arrow(515, 143, 425, 196)
+    for x, y, share in ((197, 180, "96%"), (315, 172, "97%"), (492, 180, "98%")):
+        d.text(x, y, share, colour=ORANGE, bold=True)
+    d.box(570, 285, 150, "(z / y) · y", "#f2f2f2")
+    d.arrow(420, 233, 510, 267)
+    d.arrow(590, 72, 590, 267)
+    d.text(615, 215, "100%", colour=ORANGE, bold=True)
+    d.arrow(646, 285, 690, 285)
+    d.text(712, 290, "z", 16, bold=True)
+    d.text(14, 312, "orange: answers that follow when this number is put in from another run", 13, ORANGE,
+           "start")
+    d.save("circuit.svg")
+
+def characters():
+    """How one character compares examples: mod 7, the task of regression.md."""
+    p, examples, query = 7, [(1, 5), (3, 2)], 5
+    squares = {n * n % p for n in range(1, p)}
+    d = Drawing(720, 350)
+    d.text(200, 24, "two examples, divided by y", bold=True)
+
+    def place(across, up):
+        return 70 + 45 * across, 300 - 40 * up
+    for across in range(p):
+        d.text(place(across, 0)[0], 325, across, 12, GREY)
+        d.text(50, place(0, across)[1] + 4, across, 12, GREY)
+        for up in range(p):
+            d.dot(*place(across, up), 2.5, "#cccccc")
+    d.text(205, 344, "x / y", 13)
+    d.text(20, 185, "z / y", 13)
+    for point in examples:
+        d.dot(*place(*point), 8, BLUE)
+    d.text(410, 24, "slope from each example: a square?", anchor="start", bold=True)
+    for height in range(p):
+        slopes = [(height - up) * pow(query - across, -1, p) % p for across, up in examples]
+        kinds = ["0" if s == 0 else "a square" if s in squares else "not" for s in slopes]
+        fits = kinds[0] == kinds[1]
+        x, y = place(query, height)
+        d.dot(x, y, 8, "#ffffff", GREEN if fits else GREY)
+        words = f"both {kinds[0]}" if fits else f"{kinds[0]}, {kinds[1]}"
+        d.text(410, y + 5, f"slopes {slopes[0]} and {slopes[1]}: {words}", 14,
+               GREEN if fits else GREY, "start", bold=fits)
+    d.save("characters.svg")
+
+# ----------------------------------------------------------------------------------------- curves
+def read(name):
+    """The rows of a CSV file in assets/, numbers where there are numbers."""
+    def number(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    with open(os.path.join(HERE, name)) as f:
+        return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+def panels(n, width=9, height=3.1):
+    from matplotlib import pyplot as plt
+    plt.rcParams.update({"font.size": 8})
+    figure, axes = plt.subplots(1, n, figsize=(width, height), sharey=True, layout="constrained")
+    return figure, axes
+
+def curves():
+    figure, axes = panels(2)
+    for ax, command in zip(axes, ("quick", "default")):
+        for seed in range(3):
+            mine = [r for r in read("curves.csv") if (r["command"], r["seed"]) == (command, seed)]
+            steps = [r["step"] for r in mine]
+            for side, style in (("train", "-"), ("test", "--")):
+                ax.plot(steps, [100 * r[f"val_ood_{side}"] for r in mine], f"C{seed}{style}", lw=1.2,
+                        label=f"seed {seed}, {side} inputs")
+            ax.axvline(next(r["step"] for r in mine if r["lines"] == mine[-1]["lines"]), ls=":",
+                       color=f"C{seed}", lw=0.8)
+        ax.set(title=command, xlabel="training step", ylim=(0, 100))
+    axes[0].set_ylabel("accuracy, new tasks (%)")
+    axes[0].legend()
+    figure.savefig(os.path.join(HERE, "curves.png"), dpi=100)
+
+def grokking():
+    figure, ax = panels(1, 6, 3)
+    rows = read("claims.csv")
+    names = {"id_train_novel": ("own tasks, inputs trained on", "C0"),
+             "id_test_novel": ("own tasks, inputs never seen", "C1"),
+             "val_ood_train_novel": ("new tasks", "C7")}
+    for seed in range(3):
+        mine = [r for r in rows if r["run"] == f"late/8-{seed}"]
+        for name, (label, colour) in names.items():
+            ax.plot([r["step"] for r in mine], [100 * r[name] for r in mine], f"{colour}.-", lw=1.2,
+                    label=None if seed else label)
+    ax.axhline(100 / 13, color="black", lw=0.8, ls=":", label="chance")
+    ax.set(xlabel="training step", ylabel="accuracy, novel queries (%)", ylim=(0, 104))
+    ax.legend(loc="center right")
+    figure.savefig(os.path.join(HERE, "grokking.png"), dpi=100)
+
+# ------------------------------------------------------------------------------------------- fade
+def votes_of_memory(tokens, tasks, p):
+    """How many of the tasks (n, 2) that fit the most examples before a query give each z there:
+    tokens (B, 3k) -> (B, k, p)."""
+    import torch
+    inputs, z = tokens.unflatten(1, (-1, 3)).split([2, 1], dim=-1)                   # (B, k, 2 | 1)
+    given = (inputs.float() @ tasks.T.float()).long() % p                            # (B, k, n)
+    fits = (given == z).long()
+    before = fits.cumsum(1) - fits                               # how many examples a task fits
+    best = (before == before.amax(-1, keepdim=True)).float()
+    return torch.zeros(*given.shape[:2], p).scatter_add(2, given, best)
+
+def fade():
+    import analyze as a
+    import grok_icl as g
+    figure, axes = panels(3)
+    for ax, n in zip(axes, (16, 32, 64)):
+        for step, colour in ((1000, "C2"), (2000, "C1"), (5000, "C3")):
+            lab = a.open_lab(f"out/late-{n}/step{step}.pt", "cpu")
+            tokens = g.eval_sequences(lab.split, "test_ood", 1024, lab.k, lab.p, a.SEED)["test_ood_train"]
+            right = a.answers(lab, tokens, everywhere=False) == tokens[:, 2::3]
+            ratio = a.skill_of(tokens, lab.p) == 1
+            shots = range(1, lab.k)
+            ax.plot(shots, [100 * right[:, s][ratio[:, s]].float().mean() for s in shots], f".-{colour}",
+                    label=f"the model at step {step:,}")
+        votes = votes_of_memory(tokens, lab.split["id"], lab.p)
+        winners = (votes == votes.amax(-1, keepdim=True)).float()    # one of them, at random
+        memory = winners.gather(2, tokens[:, 2::3, None])[..., 0] / winners.sum(-1)
+        ax.plot(shots, [100 * memory[:, s][ratio[:, s]].mean() for s in shots], "k--",
+                label="a memory of its tasks")
+        ax.axhline(100 / lab.p, color="k", lw=0.8, ls=":", label="chance")
+        ax.set(title=f"{n} tasks", xlabel="examples before the query", ylim=(0, 104))
+    axes[0].set_ylabel("right, of ratio queries (%)")
+    axes[2].legend(fontsize=7)
+    figure.savefig(os.path.join(HERE, "fade.png"), dpi=100)
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        {f.__name__: f for f in (circuit, characters, curves, grokking, fade)}[name]()
