@@ -643,15 +643,9 @@ def make_run(cfg, checkpoint=None):
 def write_file(path, content):
     """Write bytes under another name, then rename: a reader finds the old file or the new one."""
     other = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(other, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())                      # on the disk before the old one goes
-        os.replace(other, path)
-    finally:                                          # a full disk, say: the old file stays
-        with contextlib.suppress(OSError):
-            os.remove(other)
+    with open(other, "wb") as f:
+        f.write(content)
+    os.replace(other, path)
 
 @torch.no_grad()
 def sample_logits(model):

@@ -161,6 +161,22 @@ def grokking():
     ax.legend(loc="center right")
     figure.savefig(os.path.join(HERE, "grokking.png"), dpi=100)
 
+def authors():
+    figure, axes = panels(2)
+    rows = read("authors.csv")
+    for ax, (p, tasks) in zip(axes, ((13, 8), (7, 12))):
+        for code, colour in (("ours", "C0"), ("theirs", "C1")):
+            for seed in range(3):
+                mine = [r for r in rows if (r["code"], r["p"], r["seed"]) == (code, p, seed)]
+                for name, style, what in (("id_train", "-", "trained on"), ("id_test", ":", "never seen")):
+                    ax.plot([r["step"] for r in mine], [100 * r[name] for r in mine], colour + style, lw=1,
+                            label=None if seed else f"{code}, inputs {what}")
+        ax.axhline(100 / p, color="black", lw=0.8, ls="--", label="chance")
+        ax.set(title=f"p = {p}, {tasks} tasks", xlabel="training step", ylim=(0, 104))
+    axes[0].set_ylabel("accuracy, own tasks (%)")
+    axes[0].legend(loc="upper left", fontsize=7)
+    figure.savefig(os.path.join(HERE, "authors.png"), dpi=100)
+
 # ------------------------------------------------------------------------------------------- fade
 def votes_of_memory(tokens, tasks, p):
     """How many of the tasks (n, 2) that fit the most examples before a query give each z there:
@@ -199,4 +215,4 @@ def fade():
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        {f.__name__: f for f in (circuit, characters, curves, grokking, fade)}[name]()
+        {f.__name__: f for f in (circuit, characters, curves, grokking, authors, fade)}[name]()
