@@ -581,24 +581,27 @@ def show_circuit(lab, found):
 # Method:   ask which task (a, b) each example implies for each answer z. Do the log-probabilities
 #           go by whether the examples agree on one *character* of a, its logarithm mod d? And the
 #           *offset* of an example is by how many steps of the logarithm its ratio y/x is below the
-#           query's. Which offsets do heads fetch, and which pairs of offsets are enough alone?
+#           query's. Which offsets do heads fetch, and which pairs of offsets are enough alone? And
+#           what do heads carry, if put there from another run?
 # If by one character: one coefficient is far above the others. If by pairs: some are solved.
 # If by neither: no coefficient stands out, no pair is solved. No input is on an axis here.
-def at_offsets(lab, offsets):
-    """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3)."""
+def at_offsets(lab, offsets, run=0):
+    """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3). In
+    another run each x/y is the same, but tasks are others, and each input has another multiplier."""
     m, generator = lab.p - 1, torch.Generator().manual_seed(SEED)
     tasks = lab.split["test_ood"][(lab.split["test_ood"] > 0).all(1)]    # 0 has no logarithm
     offsets = F.pad(offsets, (0, 1))                                     # the query's own is 0
     log_ratio = torch.randint(m, (len(offsets), 1), generator=generator) - offsets
+    generator = generator.manual_seed(SEED + run) if run else generator
     log_x = torch.randint(m, offsets.shape, generator=generator)
     inputs = g.powers(lab.p)[torch.stack((log_x, log_x + log_ratio), dim=-1) % m]
     chosen = torch.randint(len(tasks), (len(offsets),), generator=generator)
     return g.to_tokens(tasks[chosen], inputs, lab.p)
 
-def off_line(lab, shots, n):
+def off_line(lab, shots, n, run=0):
     """at_offsets, n sequences of so many examples on different lines, none on the query's."""
     order = torch.rand(n, lab.p - 2, generator=torch.Generator().manual_seed(SEED)).argsort(1)
-    return at_offsets(lab, 1 + order[:, :shots])
+    return at_offsets(lab, 1 + order[:, :shots], run)
 
 @torch.no_grad()
 def log_probabilities(lab, tokens):
@@ -750,22 +753,26 @@ def measure_zeros(lab):
     return {name: (right == xyz[..., 2])[asked & which].float().mean().item() for name, which in (
         ("nothing", ~(a | b | x | y)), ("a", a), ("b", b), ("x", x), ("y", y))}
 
-def attention_along(attention, m, p):
-    """Do heads sort the examples by what they say? In units of the query's, x/y of an example at
-    offset o is g^o away from 0, g^o - 1 from the query. Share of the variance of attention by
-    offset (heads, p - 1) that goes along chi_m(g^o - 1), and 95% of random orders of the offsets.
-    The same for y/x, which is along chi_m(1 - g^-o): {"x/y": share, "x/y null", "y/x", ...}."""
-    powers, chi, found = g.powers(p), characters(g.powers(p))[:, m - 1], {}
-    offsets, generator = torch.arange(1, p - 1), torch.Generator().manual_seed(SEED)
-    rows = attention[:, 1:] - attention[:, 1:].mean(1, keepdim=True)                 # (H, p - 2)
-    for name, distance in (("x/y", powers[offsets] - 1), ("y/x", 1 - powers[-offsets])):
-        waves = [chi[distance % p][order] for order in [offsets - 1] + [
-            torch.randperm(p - 2, generator=generator) for _ in range(1000)]]
-        waves = torch.stack([wave - wave.mean() for wave in waves])                  # (1001, p - 2)
-        along = (rows.to(waves.dtype) @ waves.mH).abs().square().sum(0)
-        shares = along / (rows.square().sum() * waves.abs().square().sum(1))
-        found |= {name: shares[0].item(), f"{name} null": shares[1:].quantile(0.95).item()}
-    return found
+def measure_exchange(lab):
+    """What a block's heads carry at the query's y: put there from another run on the same x/y, the
+    answer is "z/y", the other run's z/y times our y, or "z", the other's z, or "stays". Of contexts
+    of four examples answered right in both runs: {block: {...}}."""
+    ours, other = (off_line(lab, 4, 32 * SEQUENCES, run) for run in (0, 1))
+    seen = record(sites(lab.model), lambda: answers(lab, other), slice(-2, -1))      # (B, 1, C)
+    right = [answers(lab, tokens)[:, -1] == tokens[:, -1] for tokens in (ours, other)]
+    inverse = torch.tensor([0] + [pow(n, -1, lab.p) for n in range(1, lab.p)])
+    wanted = {"z/y": other[:, -1] * inverse[other[:, -2]] * ours[:, -2] % lab.p,
+              "z": other[:, -1], "stays": ours[:, -1]}
+    rows = {}
+    for block in range(lab.cfg.depth):
+        site = f"heads {block}"
+
+        def put(values, site=site):
+            return torch.cat((values[:, :-2], seen[site].to(values), values[:, -1:]), dim=1)
+        said = run_with({sites(lab.model)[site]: put}, lambda: answers(lab, ours))[:, -1]
+        rows[f"block {block}"] = {name: (said == answer)[right[0] & right[1]].float().mean().item()
+                                  for name, answer in wanted.items()}
+    return rows
 
 def kind_of(found):
     """What a model compares, in words, by share, R^2 and the number of solved pairs."""
@@ -778,10 +785,9 @@ def kind_of(found):
 def measure_votes(lab):
     """All of these together, and the "kind" of the model."""
     found = measure_characters(lab) | measure_pairs(lab)
-    m = int(found["weights"].argmax()) + 1
-    return found | {"along": attention_along(found["attention"], m, lab.p),
-                    "kind": kind_of(found), "labels": measure_labels(lab),
-                    "shots": measure_rule(lab, found["function"]), "zeros": measure_zeros(lab)}
+    return found | {"kind": kind_of(found), "labels": measure_labels(lab),
+                    "exchange": measure_exchange(lab), "zeros": measure_zeros(lab),
+                    "shots": measure_rule(lab, found["function"])}
 
 def show_votes(lab, found):
     n, pairs = lab.p - 1, [f"{pair} {100 * r:.0f}%" for pair, r in found["best"].items()]
@@ -798,9 +804,9 @@ def show_votes(lab, found):
           "fetch: over a tenth of a head's attention, and twice its mean over all offsets but 0;\n"
           "solved: right in over half; expected: if it did not matter who fetches\n"
           f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
-    table("Attention by offset: share of its variance along the phase of a distance, in %",
-          {"all heads": found["along"]}, "the distance of x/y, or y/x, between query and example; "
-          "its phase by the character\nwith the largest weight; null: 95% of random orders")
+    table("All heads of a block at the query's y from another run on the same x/y, in %",
+          found["exchange"], "the answer is the other run's z/y times our y; the other run's z; or "
+          "stays")
     table("Accuracy by shots, in %: the model, and the largest |sum| of a character",
           found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}")
     table("Regression queries, by what is 0, in %", {"second half": found["zeros"]})

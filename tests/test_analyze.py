@@ -489,23 +489,47 @@ def test_zeros_are_where_their_names_say(monkeypatch):
     assert {*a.measure_zeros(lab).values()} == {0}               # ratio queries don't count
 
 
-@pytest.mark.parametrize("name", ["x/y", "y/x"])
-@pytest.mark.parametrize("m", [8, 4])
-def test_heads_that_sort_examples_by_a_distance_are_found(name, m):
-    """Offsets by hand: the query is at ratio 1, the example at 1 / g^o; p = 17, g = powers[1]."""
-    p, base = 17, g.powers(17)[1].item()
-    attention = torch.zeros(2, p - 1)
-    for o in range(1, p - 1):
-        ratio = pow(base, -o, p)                                 # y/x of the example
-        distance = pow(ratio, -1, p) - 1 if name == "x/y" else 1 - ratio
-        turn = torch.exp(2j * torch.pi * m * log(torch.tensor([distance % p]), p) / (p - 1))[0]
-        attention[:, o] = 1 + torch.stack((turn.real, turn.imag))
-    found = a.attention_along(attention, m, p)
-    other = {"x/y": "y/x", "y/x": "x/y"}[name]
-    assert found[name] > (0.99 if m == 8 else 0.45) > found[f"{name} null"] > 0.05
-    assert found[other] < found[name] / 2
-    noisy = a.attention_along(noise(6, p - 1), m, p)
-    assert noisy[name] < 1.5 * noisy[f"{name} null"]
+class Carrier(torch.nn.Module):
+    """A model that combines the first two examples, and whose heads of block 1 carry z/y, or z."""
+    def __init__(self, carries, p=11):
+        super().__init__()
+        self.carries, self.p = carries, p
+        self.blocks = [SimpleNamespace(attention=SimpleNamespace(out=torch.nn.Identity()),
+                                       mlp=SimpleNamespace(down=torch.nn.Identity())) for _ in "01"]
+
+    def forward(self, tokens, asking=g.EACH_Y):
+        rows, (x, y) = tokens.tolist(), tokens[:, -3:-1].T      # the query is the last example
+        tasks = [tasks_by_search(row[0:3], row[3:5], row[5], self.p)[0] for row in rows]
+        z = (torch.tensor(tasks) * torch.stack((x, y), -1)).sum(-1) % self.p
+        inverse = torch.tensor([0] + [pow(n, -1, self.p) for n in range(1, self.p)])
+        held = z * inverse[y] % self.p if self.carries == "z/y" else z
+        for i, block in enumerate(self.blocks):                  # block 0 carries what no one uses
+            stream = torch.zeros(*tokens.shape, 1)
+            stream[:, -2, 0] = held.float() if i else z.float() + 1
+            held_now = block.attention.out(stream)[:, -2, 0].long()
+        z = held_now * y % self.p if self.carries == "z/y" else held_now
+        logits = torch.zeros(*tokens.shape, self.p)
+        logits[:, -2] = torch.nn.functional.one_hot(z, self.p).float()
+        return logits[:, asking]
+
+
+@pytest.mark.parametrize("carries", ["z/y", "z"])
+def test_what_heads_carry_is_found_by_an_exchange(carries, monkeypatch):
+    monkeypatch.setattr(a, "SEQUENCES", 4)
+    lab = planted_lab(Carrier(carries), p=11, tasks=40, examples=5)
+    rows = a.measure_exchange(lab)
+    assert rows["block 0"]["stays"] == 1 == rows["block 1"][carries]
+    others = [share for name, share in rows["block 1"].items() if name != carries]
+    assert max(others) < 0.4 > rows["block 0"]["z/y"]
+
+
+def test_another_run_has_the_same_ratios_and_nothing_else():
+    lab = planted_lab(p=11)
+    ours, other = (a.off_line(lab, 3, 200, run).unflatten(1, (-1, 3)) for run in (0, 1))
+    for one, two in zip(ours.flatten(0, 1).tolist(), other.flatten(0, 1).tolist()):
+        assert (one[0] * two[1] - one[1] * two[0]) % 11 == 0
+    same = (ours == other).all(1).float().mean(0)                # all x, all y, all z of a sequence
+    assert same.max() < 0.1
 
 
 class Program(torch.nn.Module):
