@@ -1,7 +1,8 @@
 """
 Look inside a model that grok_icl.py trained: which algorithm did it learn, and where?
 
-    python analyze.py assets/p29.pt              everything, for one checkpoint
+    python analyze.py assets/p29.pt              everything, for one checkpoint (votes: from three
+                                                 blocks on)
     python analyze.py out/RUN skills pca         some parts, for a run's best checkpoint
     python analyze.py out/RUN/last.pt            its last checkpoint, not its best
 
@@ -485,8 +486,9 @@ def draw_similarity(subplots, lab, found):
 # Question: does a model with two blocks run this program? On each example and on the query divide x
 #           by y, and on each example z by y. Fetch the z/y whose x/y is the query's. Times y. (Or
 #           the same with x and y exchanged.)
-# Method:   the last block reads each of these four numbers in a place of its own. Put there what it
+# Method:   the last block reads the first three numbers in places of their own. Put there what it
 #           has in a *donor*, a run in which all else differs as well: task, inputs, other lines.
+#           The fourth, y at the end, is what is left if all three are put into the donor.
 # If so:    "follows": the answer is what the program says with the donor's number, near 100%.
 #           "stays": it is as before with a donor that has the same number and differs in all else.
 # If not:   one of the two is low, down to chance.
@@ -508,25 +510,32 @@ def quotient(tasks, ratio, p):
 
 def circuit_donors(context, example, p):
     """{number: (donor that differs in it, donor that shares it, the program's answer with the
-    first's number)}. Task and divisors are another context's, lines as far as the number allows."""
+    first's number)}. Tasks and divisors are another context's; so are lines, where they may be."""
     (tasks, divisor, ratio), each = context, torch.arange(len(example))
     inverse = torch.tensor([0] + [pow(n, -1, p) for n in range(1, p)])
-    others, divisors, examples = tasks.roll(1, 0), divisor.roll(1, 0), ratio[:, :-1]
-    next_one = (example + 1) % examples.size(1)
-    moved = torch.cat((examples.roll(1, 1), ratio[:, -1:]), 1)   # each has the line before its own
-    asked = torch.cat((examples, examples[each, next_one][:, None]), 1)    # query on another line
-    z, ours = quotient(tasks, ratio, p), divisor[:, -1]
-    same_z = (z - others[:, :1]) * inverse[others[:, 1:]] % p    # lines with our z for their task
-    same_divisor = torch.cat((divisors[:, :-1], ours[:, None]), 1)
+    other_tasks, other_divisors = tasks.roll(1, 0), divisor.roll(1, 0)
+    examples, ours, neighbour = ratio[:, :-1], divisor[:, -1], (example + 1) % (ratio.size(1) - 1)
+    z = quotient(tasks, ratio, p)                                # over the divisor, (n, k)
+    # The query's line is that of another example: the answer is fetched there.
+    asks_neighbour = torch.cat((examples, examples[each, neighbour][:, None]), 1)
+    # Each example has the line of the one before it: what was the query's is now the neighbour's.
+    shifted = torch.cat((examples.roll(1, 1), ratio[:, -1:]), 1)
+    # Lines on which the other task has our z over the divisor, and our divisor at the query.
+    same_z = (z - other_tasks[:, :1]) * inverse[other_tasks[:, 1:]] % p
+    same_divisor = torch.cat((other_divisors[:, :-1], ours[:, None]), 1)
     return {
-        "ratio of the query": ((others, divisors, asked), (others, divisors, ratio),
-                               z[each, next_one] * ours % p),
-        "ratios of the examples": ((others, divisors, moved), (others, divisors, ratio),
-                                   z[each, next_one] * ours % p),
-        "z over divisor": ((others, divisors, moved), (others, divisors, same_z),
-                           quotient(others, moved, p)[each, example] * ours % p),
-        "divisor of the query": ((others, divisors, asked), (others, same_divisor, asked),
-                                 z[:, -1] * divisors[:, -1] % p)}
+        "ratio of the query": (
+            (other_tasks, other_divisors, asks_neighbour), (other_tasks, other_divisors, ratio),
+            z[each, neighbour] * ours % p),
+        "ratios of the examples": (
+            (other_tasks, other_divisors, shifted), (other_tasks, other_divisors, ratio),
+            z[each, neighbour] * ours % p),
+        "z over divisor": (
+            (other_tasks, other_divisors, shifted), (other_tasks, other_divisors, same_z),
+            quotient(other_tasks, shifted, p)[each, example] * ours % p),
+        "divisor of the query": (
+            (other_tasks, other_divisors, asks_neighbour),
+            (other_tasks, same_divisor, asks_neighbour), z[:, -1] * other_divisors[:, -1] % p)}
 
 def circuit_tokens(context, divisor, p):
     """The sequences of a context, divisor being "x" or "y": tokens (n, 3k)."""
@@ -578,11 +587,11 @@ def show_circuit(lab, found):
 
 # ------------------------------- Votes: how deeper models combine examples (not in the paper)
 # Question: how does a deeper model answer queries whose line no example is on?
-# Method:   ask which task (a, b) each example implies for each answer z. Do the log-probabilities
-#           go by whether the examples agree on one *character* of a, its logarithm mod d? And the
-#           *offset* of an example is by how many steps of the logarithm its ratio y/x is below the
-#           query's. Which offsets do heads fetch, and which pairs of offsets are enough alone? And
-#           what do heads carry, if put there from another run?
+# Method:   each example votes for answers. With an answer z it implies a task (a, b); do the
+#           log-probabilities go by whether the examples agree on one *character* of a, its logarithm
+#           mod d? Or are there pairs of examples that are enough alone, told by their *offsets*: by
+#           how many steps of the logarithm their y/x is below the query's? Which offsets do heads
+#           fetch, and what do they carry?
 # If by one character: one coefficient is far above the others. If by pairs: some are solved.
 # If by neither: no coefficient stands out, no pair is solved. No input is on an axis here.
 def at_offsets(lab, offsets, run=0):

@@ -93,7 +93,7 @@ MLP_RATIO = 4                 # MLP width / residual width
 ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
 ADAM_BETAS = (0.9, 0.98)
 LESSON_STEPS = 2000           # that a lesson may take, else the run ends
-LOOK_EVERY = 10               # steps between looks at whether a lesson is learned; even, as reviews
+LOOK_EVERY = 10               # steps between looks at whether a lesson is learned; even, see reviews
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 2048       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
@@ -283,7 +283,7 @@ class GPT(nn.Module):
 # earns anything without the other. Where all examples are on one line any of them will do, so the
 # lessons of lines begin there. Modular Regression is the same trap again: one example off the
 # query's line earns nothing until a second is found and the right sum of the two is known. So the
-# lessons of pairs begin with a row: examples on lines with the slopes r, rg, rg^2, ..., g being a
+# lessons of pairs begin with a row: examples on lines with the ratios r, rg, rg^2, ..., g being a
 # generator of the nonzero residues. There z/x is one fixed sum of the z/x of the preceding two.
 
 @dataclass
@@ -331,7 +331,7 @@ def lessons(cfg):
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
-    if not lesson.reviews or step % 2 == 1:
+    if not lesson.reviews or step % 2 == 1:           # as before each look: LOOK_EVERY is even
         return lesson
     return lesson.reviews[step // 2 % len(lesson.reviews)]
 
@@ -356,7 +356,8 @@ def allowed_lines(lesson, n, k, input_lines, p, rng):
     else:                                                        # a row, by logarithms
         first = torch.randint(p - 1, (n, 1), **rng)
         line = powers(p).to(first.device)[(first + torch.arange(k, device=first.device)) % (p - 1)]
-    return F.one_hot(line, p + 1).float().clamp(min=1e-6)        # a line may have none to train on
+    # Where none of a line's inputs is trained on, one of another line will do.
+    return F.one_hot(line, p + 1).float().clamp(min=1e-6)
 
 def training_batch(split, input_lines, lesson, cfg, generator):
     """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once;
