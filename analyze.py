@@ -41,13 +41,14 @@ NULLS = 100                   # random orders of the residues
 KEPT = (1, 4, 16)             # pairs of characters of each function
 SKILLS = ("copy", "ratio", "regression", "undetermined")
 WHO = ("model", "ratio", "regression")
-KINDS = ("id_train", "id_test", "test_ood_train", "test_ood_test")
+SETS = ("id_train", "id_test", "test_ood_train", "test_ood_test")
 
 # -------------------- Probes: contexts, all queries after one, what modules read, and changes of it
 
-def contexts(lab, kind, n, examples):
-    """n contexts: tasks (n, 2) of that kind, in turn, and inputs (n, examples, 2) of all p*p."""
-    tasks, generator = lab.split[kind], torch.Generator().manual_seed(SEED)
+def contexts(lab, whose, n, examples):
+    """n contexts: tasks (n, 2), "id", "val_ood" or "test_ood" in turn, and inputs (n, examples, 2)
+    of all p*p."""
+    tasks, generator = lab.split[whose], torch.Generator().manual_seed(SEED)
     draw = torch.randint(lab.p ** 2, (n, examples), generator=generator)
     return tasks[torch.arange(n) % len(tasks)], g.grid(lab.p)[draw]
 
@@ -162,7 +163,7 @@ def measure_shots(lab):
 
 def show_shots(lab, found):
     table(f"Accuracy on novel queries after {lab.k - 1} shots, in %",
-          {name: {who: found[f"{name}, {who}"][1, -1].item() for who in WHO} for name in KINDS},
+          {name: {who: found[f"{name}, {who}"][1, -1].item() for who in WHO} for name in SETS},
           f"a model that matches ratios is near ratio on all sets; chance {100 / lab.p:.1f}")
 
 # -------------------------------------------------------------------------------- Skills (figure 5)
@@ -406,8 +407,8 @@ def measure_fourier(lab):
             f, by[name], strongest(before[site], by[name], n)), tokens, counts) for n in KEPT}
         kept[f"{site}, by {name}"]["all"] = accuracy_with(lab, site, f, tokens, counts)
     order, examples = g.powers(lab.p), []
-    for kind in ("heads", "neurons"):
-        f = torch.cat([f[0] for site, f in before.items() if site.startswith(kind)])  # (N, p, p)
+    for where in ("heads", "neurons"):
+        f = torch.cat([f[0] for site, f in before.items() if site.startswith(where)])  # (N, p, p)
         power = character_power(f, order, order)
         for k in (0, len(order) // 2):                                 # no waves of both x and y
             power[:, k] = power[:, :, k] = 0
@@ -588,7 +589,7 @@ def show_circuit(lab, found):
 # ------------------------------- Votes: how deeper models combine examples (not in the paper)
 # Question: how does a deeper model answer queries whose line no example is on?
 # Method:   each example votes for answers. With an answer z it implies a task (a, b); do the
-#           log-probabilities go by whether the examples agree on one *character* of a, its logarithm
+#           log-probabilities go by whether the examples agree on one *character* of a, its log
 #           mod d? Or are there pairs of examples that are enough alone, told by their *offsets*: by
 #           how many steps of the logarithm their y/x is below the query's? Which offsets do heads
 #           fetch, and what do they carry?
@@ -596,7 +597,7 @@ def show_circuit(lab, found):
 # If by neither: no coefficient stands out, no pair is solved. No input is on an axis here.
 def at_offsets(lab, offsets, run=0):
     """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3). In
-    another run each x/y is the same, but tasks are others, and each input has another multiplier."""
+    another run each x/y is the same, but tasks are others, and so are the inputs' multipliers."""
     m, generator = lab.p - 1, torch.Generator().manual_seed(SEED)
     tasks = lab.split["test_ood"][(lab.split["test_ood"] > 0).all(1)]    # 0 has no logarithm
     offsets = F.pad(offsets, (0, 1))                                     # the query's own is 0
@@ -713,7 +714,7 @@ def by_two_heads(fetches, pairs):
     return all_choices > same_head_twice
 
 def measure_pairs(lab):
-    """{"attention" (heads, p - 1), "pairs" (p - 1, p - 1): accuracy, "kinds": by who fetches them,
+    """{"attention" (heads, p - 1), "pairs" (p - 1, p - 1): accuracy, "fetched": by whom,
     "heads": {head: offsets that it fetches}}."""
     m, attention = lab.p - 1, attention_by_offset(lab)
     even = attention[:, 1:].mean(1, keepdim=True)                # what a head has for any offset
@@ -723,15 +724,15 @@ def measure_pairs(lab):
     both, solved = (fetches.sum(0) > 0)[pairs].all(1), right > 0.5         # by one head or by two
     grid = torch.full((m, m), math.nan)
     grid[tuple(pairs.T)] = grid[tuple(pairs.flip(1).T)] = right
-    kinds = {"two heads": two, "one head": both & ~two, "not both fetched": ~both}
-    kinds = {name: {"pairs": str(int(kind.sum())), "solved": str(int(solved[kind].sum())),
-                    "expected": f"{(solved.float().mean() * kind.sum()).item():.1f}",
-                    "accuracy": right[kind].mean().item()} for name, kind in kinds.items()}
+    fetched = {"two heads": two, "one head": both & ~two, "not both fetched": ~both}
+    fetched = {name: {"pairs": str(int(which.sum())), "solved": str(int(solved[which].sum())),
+                      "expected": f"{(solved.float().mean() * which.sum()).item():.1f}",
+                      "accuracy": right[which].mean().item()} for name, which in fetched.items()}
     heads = {head: " ".join(map(str, f.nonzero()[:, 0].tolist()))
              for head, f in zip(lab.heads, fetches) if f[1:].any()}
     best = right.argsort(descending=True)[:3]
     best = dict(zip(map(str, map(tuple, pairs[best].tolist())), right[best].tolist()))
-    return {"attention": attention, "pairs": grid, "kinds": kinds, "heads": heads, "best": best,
+    return {"attention": attention, "pairs": grid, "fetched": fetched, "heads": heads, "best": best,
             "solved": int(solved.sum())}
 
 def measure_rule(lab, function):
@@ -809,7 +810,7 @@ def show_votes(lab, found):
           scale=1, digits=2)
     table("Right answers that stay if the z of one of four examples is changed, in %",
           found["labels"], "by whether the a, or b, that it implies keeps its class")
-    table("Accuracy after two examples, in %, by who fetches them", found["kinds"],
+    table("Accuracy after two examples, in %, by who fetches them", found["fetched"],
           "fetch: over a tenth of a head's attention, and twice its mean over all offsets but 0;\n"
           "solved: right in over half; expected: if it did not matter who fetches\n"
           f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")

@@ -1,5 +1,5 @@
 """
-The pictures of README and pages that analyze.py doesn't draw: python assets/draw.py NAME, into assets/.
+The pictures of README and pages that analyze.py doesn't draw: python assets/draw.py NAME
 
     circuit, characters     the two drawings, as SVG
     curves, grokking        from curves.csv and claims.csv
@@ -22,8 +22,8 @@ class Drawing:
         self.parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
             f'width="{width}" height="{height}" font-family="Helvetica, Arial, sans-serif">',
-            '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
-            '<path d="M0,0 L8,4 L0,8 z" fill="#444"/></marker></defs>',
+            '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" '
+            'orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#444"/></marker></defs>',
             f'<rect width="{width}" height="{height}" fill="#ffffff"/>']
 
     def text(self, x, y, words, size=14, colour="#222", anchor="middle", bold=False):
@@ -42,14 +42,15 @@ class Drawing:
                           'stroke-width="1.6" marker-end="url(#tip)"/>')
 
     def dot(self, x, y, radius, fill, stroke="none"):
-        self.parts.append(f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{fill}" stroke="{stroke}"/>')
+        self.parts.append(f'<circle cx="{x}" cy="{y}" r="{radius}" fill="{fill}" '
+                          f'stroke="{stroke}"/>')
 
     def save(self, name):
         with open(os.path.join(HERE, name), "w", encoding="utf-8") as f:
             f.write("\n".join([*self.parts, "</svg>"]) + "\n")
 
 def circuit():
-    """The program of a model with two blocks. The shares are those of `analyze.py p29.pt circuit`."""
+    """The program of a model with two blocks, with the shares of analyze.py p29.pt circuit."""
     d = Drawing(760, 330)
     for x, words in ((190, "an example on the query's line"), (530, "the query")):
         d.text(x, 24, words, bold=True)
@@ -78,8 +79,8 @@ def circuit():
     d.text(615, 215, "100%", colour=ORANGE, bold=True)
     d.arrow(646, 285, 690, 285)
     d.text(712, 290, "z", 16, bold=True)
-    d.text(14, 312, "orange: answers that follow when this number is put in from another run", 13, ORANGE,
-           "start")
+    d.text(14, 312, "orange: answers that follow when this number is put in from another run", 13,
+           ORANGE, "start")
     d.save("circuit.svg")
 
 def characters():
@@ -136,8 +137,8 @@ def curves():
             mine = [r for r in read("curves.csv") if (r["command"], r["seed"]) == (command, seed)]
             steps = [r["step"] for r in mine]
             for side, style in (("train", "-"), ("test", "--")):
-                ax.plot(steps, [100 * r[f"val_ood_{side}"] for r in mine], f"C{seed}{style}", lw=1.2,
-                        label=f"seed {seed}, {side} inputs")
+                ax.plot(steps, [100 * r[f"val_ood_{side}"] for r in mine], f"C{seed}{style}",
+                        lw=1.2, label=f"seed {seed}, {side} inputs")
             ax.axvline(next(r["step"] for r in mine if r["lines"] == mine[-1]["lines"]), ls=":",
                        color=f"C{seed}", lw=0.8)
         ax.set(title=command, xlabel="training step", ylim=(0, 100))
@@ -168,9 +169,10 @@ def authors():
         for code, colour in (("ours", "C0"), ("theirs", "C1")):
             for seed in range(3):
                 mine = [r for r in rows if (r["code"], r["p"], r["seed"]) == (code, p, seed)]
-                for name, style, what in (("id_train", "-", "trained on"), ("id_test", ":", "never seen")):
-                    ax.plot([r["step"] for r in mine], [100 * r[name] for r in mine], colour + style, lw=1,
-                            label=None if seed else f"{code}, inputs {what}")
+                for name, style, what in (("id_train", "-", "trained on"),
+                                          ("id_test", ":", "never seen")):
+                    ax.plot([r["step"] for r in mine], [100 * r[name] for r in mine],
+                            colour + style, lw=1, label=None if seed else f"{code}, inputs {what}")
         ax.axhline(100 / p, color="black", lw=0.8, ls="--", label="chance")
         ax.set(title=f"p = {p}, {tasks} tasks", xlabel="training step", ylim=(0, 104))
     axes[0].set_ylabel("accuracy, own tasks (%)")
@@ -196,12 +198,13 @@ def fade():
     for ax, n in zip(axes, (16, 32, 64)):
         for step, colour in ((1000, "C2"), (2000, "C1"), (5000, "C3")):
             lab = a.open_lab(f"out/late-{n}/step{step}.pt", "cpu")
-            tokens = g.eval_sequences(lab.split, "test_ood", 1024, lab.k, lab.p, a.SEED)["test_ood_train"]
+            sets = g.eval_sequences(lab.split, "test_ood", 1024, lab.k, lab.p, a.SEED)
+            tokens = sets["test_ood_train"]
             right = a.answers(lab, tokens, everywhere=False) == tokens[:, 2::3]
             ratio = a.skill_of(tokens, lab.p) == 1
             shots = range(1, lab.k)
-            ax.plot(shots, [100 * right[:, s][ratio[:, s]].float().mean() for s in shots], f".-{colour}",
-                    label=f"the model at step {step:,}")
+            ax.plot(shots, [100 * right[:, s][ratio[:, s]].float().mean() for s in shots],
+                    f".-{colour}", label=f"the model at step {step:,}")
         votes = votes_of_memory(tokens, lab.split["id"], lab.p)
         winners = (votes == votes.amax(-1, keepdim=True)).float()    # one of them, at random
         memory = winners.gather(2, tokens[:, 2::3, None])[..., 0] / winners.sum(-1)

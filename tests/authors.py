@@ -4,9 +4,9 @@ our evaluation.
 
     python tests/authors.py DIR --preset paper --p 7 ... --out out/theirs
 
-DIR is a copy of https://github.com/ablghtianyi/ICL_Modular_Arithmetic; it needs pandas, schedulefree
-and rotary_embedding_torch. The flags are those of grok_icl.py, and --out gets a metrics.csv with the
-same columns, so that the two can be drawn over each other. Run by hand, not by pytest.
+DIR is a copy of https://github.com/ablghtianyi/ICL_Modular_Arithmetic; it needs pandas,
+schedulefree and rotary_embedding_torch. The flags are those of grok_icl.py, and --out gets a
+metrics.csv with the same columns. Run by hand, not by pytest.
 """
 import os
 import sys
@@ -47,8 +47,8 @@ def setup(folder, cfg):
         scaler = theirs.GradScaler(enabled=half)
         with tempfile.TemporaryDirectory() as temporary:
             train_utils.train_tf_icl(
-                torch.compile(model) if device.type == "cuda" else model, model, batches, [], [], [],
-                None, scaler, args, device, data_prefix=os.path.join(temporary, "x"))
+                torch.compile(model) if device.type == "cuda" else model, model, batches, [], [],
+                [], None, scaler, args, device, data_prefix=os.path.join(temporary, "x"))
     return split, loader, sampler, model, train
 
 

@@ -1,6 +1,6 @@
 """
-Solutions of the exercises whose checks need no training, each beside a plausible wrong one. Look here
-last. test_pages.py runs the checks of assets/exercises.md with both: {function: (right, wrong)}.
+Solutions of the exercises whose checks need no training, each beside a plausible wrong one. Look
+here last. test_pages.py runs the checks of assets/exercises.md with both.
 """
 import functools
 
@@ -11,7 +11,7 @@ import grok_icl as g
 
 
 def ceiling(p, shots):
-    """The query (0, 0) needs any example; another one p - 1 of the p*p inputs. Else it's a guess."""
+    """The query (0, 0) needs any example, another one p - 1 of the p*p inputs. Else: a guess."""
     origin, misses = 1 / p**2, (1 - (p - 1) / p**2) ** shots
     if shots == 0:
         return 1 / p

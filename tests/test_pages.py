@@ -11,11 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "assets")]
 import analyze as a  # noqa: E402
+import draw  # noqa: E402
 import grok_icl as g  # noqa: E402
 import solutions  # noqa: E402
 
@@ -131,3 +133,33 @@ def test_checks_of_exercises_tell_right_from_wrong(name, monkeypatch):
             "moves": r"(.* right\n){2}"}.get(name, "right\n")
     assert re.match(good, outputs[0]), outputs[0]
     assert not re.match(good, outputs[1]), outputs[1]
+
+
+@pytest.mark.parametrize("name", ["circuit", "characters"])
+def test_drawings_are_what_the_script_draws(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(draw, "HERE", str(tmp_path))
+    getattr(draw, name)()
+    kept = (ROOT / "assets" / f"{name}.svg").read_text(encoding="utf-8")
+    assert (tmp_path / f"{name}.svg").read_text(encoding="utf-8") == kept
+    if name == "circuit":                         # its shares are those that analyze.py printed
+        shares = {f"{float(n):.0f}%" for n in re.findall(
+            r"^(?:ratio|z over|divisor).*? (\d+\.\d) ", (ROOT / "assets" / "p29.txt").read_text(),
+            flags=re.M)}
+        assert {*re.findall(r"\d+%", kept)} == shares and len(shares) == 4
+
+
+def test_a_memory_votes_for_the_tasks_that_fit_best():
+    """By search: each task that is right on the most examples has a vote for its z."""
+    p, random = 5, torch.Generator().manual_seed(0)
+    tasks = g.grid(p)[torch.randperm(p * p, generator=random)[:6]]
+    tokens = g.to_tokens(g.grid(p)[torch.randint(p * p, (20,), generator=random)],
+                         g.grid(p)[torch.randint(p * p, (20, 4), generator=random)], p)
+    votes = draw.votes_of_memory(tokens, tasks, p)                                   # (20, 4, p)
+    for row, found in zip(tokens.unflatten(1, (-1, 3)).tolist(), votes.tolist()):
+        for k, (x, y, _) in enumerate(row):
+            fits = [sum((c * u + d * v - w) % p == 0 for u, v, w in row[:k])
+                    for c, d in tasks.tolist()]
+            expected = [0] * p
+            for (c, d), n in zip(tasks.tolist(), fits):
+                expected[(c * x + d * y) % p] += n == max(fits)
+            assert found[k] == expected
