@@ -77,6 +77,14 @@ def record(modules, run, at=slice(None)):
     run_with({module: keep(name) for name, module in modules.items()}, run)
     return found
 
+def put(values, at):
+    """A change for run_with: x (B, T, C) with values in place of x[:, at]."""
+    def f(x):
+        x = x.clone()
+        x[:, at] = values.to(x)
+        return x
+    return f
+
 @torch.no_grad()
 def answers(lab, tokens, everywhere=True):
     """The z predicted at each query of tokens (B, 3k): (B, k). everywhere: hooks see all tokens."""
@@ -383,12 +391,8 @@ def strongest(f, order, n):
 
 def accuracy_with(lab, site, f, tokens, counts):
     """Accuracy on the queries that count if the site holds f (N, p, p) at the query's y."""
-    def change(values):
-        values = values.clone()
-        values[:, -2] = f.flatten(1).T[counts].to(values)
-        return values
-    tokens = tokens[counts]
-    said = run_with({sites(lab.model)[site]: change}, lambda: answers(lab, tokens))
+    tokens, at_y = tokens[counts], f.flatten(1).T[counts]                            # (n, N)
+    said = run_with({sites(lab.model)[site]: put(at_y, -2)}, lambda: answers(lab, tokens))
     return (said[:, -1] == tokens[:, -1]).float().mean().item()
 
 def measure_fourier(lab):
@@ -551,15 +555,9 @@ def with_numbers(lab, numbers, giver, taker):
     places = {"ratio of the query": (attention.query, slice(-2, -1)),                # its y
               "ratios of the examples": (attention.key, slice(0, -3)),
               "z over divisor": (attention.value, slice(0, -3))}
-    seen = record({n: places[n][0] for n in numbers}, lambda: answers(lab, giver))   # (n, T, C)
-
-    def put(number):
-        def f(values):
-            values, at = values.clone(), places[number][1]
-            values[:, at] = seen[number][:, at].to(values)
-            return values
-        return f
-    changes = {places[n][0]: put(n) for n in numbers}
+    places = {number: places[number] for number in numbers}
+    seen = record({n: module for n, (module, _) in places.items()}, lambda: answers(lab, giver))
+    changes = {module: put(seen[n][:, at], at) for n, (module, at) in places.items()}
     return run_with(changes, lambda: answers(lab, taker))[:, -1]
 
 def measure_circuit(lab):
@@ -775,11 +773,8 @@ def measure_exchange(lab):
               "z": other[:, -1], "stays": ours[:, -1]}
     rows = {}
     for block in range(lab.cfg.depth):
-        site = f"heads {block}"
-
-        def put(values, site=site):
-            return torch.cat((values[:, :-2], seen[site].to(values), values[:, -1:]), dim=1)
-        said = run_with({sites(lab.model)[site]: put}, lambda: answers(lab, ours))[:, -1]
+        change = {sites(lab.model)[f"heads {block}"]: put(seen[f"heads {block}"], slice(-2, -1))}
+        said = run_with(change, lambda: answers(lab, ours))[:, -1]
         rows[f"block {block}"] = {name: (said == answer)[right[0] & right[1]].float().mean().item()
                                   for name, answer in wanted.items()}
     return rows
