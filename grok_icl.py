@@ -342,7 +342,8 @@ def batch_shape(lesson, cfg):
 
 def allowed_lines(lesson, n, k, input_lines, p, rng):
     """On which lines the k examples of n sequences may lie, 0 or 1 for each line: (n, k, p + 1), or
-    (n, 1, p + 1) where the examples of a sequence are drawn alike."""
+    (n, 1, p + 1) where the examples of a sequence are drawn alike. With p = 3: [[0, 1, 0, 1]] where
+    all are on line 1 or 3, [[0, 1, 0, 0], [0, 0, 1, 0]] where one is on 1, the next one on 2."""
     if lesson.order == "any":
         if lesson.lines > p:
             return torch.ones(n, 1, p + 1, device=input_lines.device)
