@@ -780,8 +780,8 @@ def check_settings(cfg):
          f"a multiple of 4, for the rectangles, and at most {p * p - 2}, to leave two o.o.d.")
     need(2 <= round(cfg.alpha * p * p) <= p * p - 2, "alpha",
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
-    need(cfg.embd % (2 * cfg.heads) == 0, "embd",
-         f"a multiple of {2 * cfg.heads}: {cfg.heads} heads, each of even width for the rotation")
+    need(cfg.embd % (2 * cfg.heads) == 0, "heads",
+         f"a divisor of half of --embd {cfg.embd}: each head's width is even, for the rotation")
     need(cfg.optimizer != "muon" or hasattr(torch.optim, "Muon"), "optimizer",
          f"adamw with torch {torch.__version__}; Muon came with 2.9")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")

@@ -1139,7 +1139,7 @@ def test_no_assert_decides_about_what_a_user_gives():
     (["--alpha", "nan"], ["--alpha nan"]),
     (["--p", "3", "--tasks", "4", "--alpha", "0.1"], ["--alpha 0.1", "at least 2"]),
     (["--p", "3", "--tasks", "4", "--alpha", "0.9"], ["--alpha 0.9", "at least 2"]),
-    (["--heads", "3"], ["--embd 128", "multiple of 6"]),
+    (["--heads", "3"], ["--heads 3", "--embd 128"]),
     (["--embd", "12"], ["--embd 12", "even"]),
     (["--steps", "100"], ["--steps 100", "--warmup"]),
     (["--out", ""], ["--out"]),
