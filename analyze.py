@@ -762,9 +762,9 @@ def measure_zeros(lab):
         ("nothing", ~(a | b | x | y)), ("a", a), ("b", b), ("x", x), ("y", y))}
 
 def measure_exchange(lab):
-    """What a block's heads carry at the query's y: put there from another run on the same x/y, the
-    answer is "z/y", the other run's z/y times our y, or "z", the other's z, or "stays". Of contexts
-    of four examples answered right in both runs: {block: {...}}."""
+    """What a block's heads carry at the query's y, and they with its MLP: put there from another
+    run on the same x/y, the answer is "z/y", the other run's z/y times our y, or "z", the other's
+    z, or "stays". Of contexts of four examples that both runs answer right: {"heads 0": {...}}."""
     ours, other = (off_line(lab, 4, 32 * SEQUENCES, run) for run in (0, 1))
     seen = record(sites(lab.model), lambda: answers(lab, other), slice(-2, -1))      # (B, 1, C)
     right = [answers(lab, tokens)[:, -1] == tokens[:, -1] for tokens in (ours, other)]
@@ -773,10 +773,13 @@ def measure_exchange(lab):
               "z": other[:, -1], "stays": ours[:, -1]}
     rows = {}
     for block in range(lab.cfg.depth):
-        change = {sites(lab.model)[f"heads {block}"]: put(seen[f"heads {block}"], slice(-2, -1))}
-        said = run_with(change, lambda: answers(lab, ours))[:, -1]
-        rows[f"block {block}"] = {name: (said == answer)[right[0] & right[1]].float().mean().item()
-                                  for name, answer in wanted.items()}
+        for parts in (["heads"], ["heads", "neurons"]):
+            changed = [f"{part} {block}" for part in parts]
+            change = {sites(lab.model)[n]: put(seen[n], slice(-2, -1)) for n in changed}
+            said = run_with(change, lambda: answers(lab, ours))[:, -1]
+            rows[f"{' and '.join(parts)} {block}"] = {
+                name: (said == answer)[right[0] & right[1]].float().mean().item()
+                for name, answer in wanted.items()}
     return rows
 
 def kind_of(found):
@@ -809,7 +812,7 @@ def show_votes(lab, found):
           "fetch: over a tenth of a head's attention, and twice its mean over all offsets but 0;\n"
           "solved: right in over half; expected: if it did not matter who fetches\n"
           f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
-    table("All heads of a block at the query's y from another run on the same x/y, in %",
+    table("A block's parts at the query's y from another run on the same x/y, in %",
           found["exchange"], "the answer is the other run's z/y times our y; the other run's z; or "
           "stays")
     table("Accuracy by shots, in %: the model, and the largest |sum| of a character",

@@ -506,10 +506,11 @@ class Carrier(torch.nn.Module):
         for i, block in enumerate(self.blocks):                  # block 0 carries what no one uses
             stream = torch.zeros(*tokens.shape, 1)
             stream[:, -2, 0] = held.float() if i else z.float() + 1
-            held_now = block.attention.out(stream)[:, -2, 0].long()
-        z = held_now * y % self.p if self.carries == "z/y" else held_now
+            now = block.attention.out(stream)[:, -2, 0].long()
+            stream[:, -2, 0] = now * y % self.p if self.carries == "z/y" else now
+            answer = block.mlp.down(stream)[:, -2, 0].long()
         logits = torch.zeros(*tokens.shape, self.p)
-        logits[:, -2] = torch.nn.functional.one_hot(z, self.p).float()
+        logits[:, -2] = torch.nn.functional.one_hot(answer, self.p).float()
         return logits[:, asking]
 
 
@@ -518,9 +519,11 @@ def test_what_heads_carry_is_found_by_an_exchange(carries, monkeypatch):
     monkeypatch.setattr(a, "SEQUENCES", 4)
     lab = planted_lab(Carrier(carries), p=11, tasks=40, examples=5)
     rows = a.measure_exchange(lab)
-    assert rows["block 0"]["stays"] == 1 == rows["block 1"][carries]
-    others = [share for name, share in rows["block 1"].items() if name != carries]
-    assert max(others) < 0.4 > rows["block 0"]["z/y"]
+    assert rows["heads 0"]["stays"] == 1 == rows["heads 1"][carries]
+    others = [share for name, share in rows["heads 1"].items() if name != carries]
+    assert max(others) < 0.4 > rows["heads 0"]["z/y"]
+    # Its MLP has what comes out of the multiplication.
+    assert rows["heads and neurons 1"]["z"] == 1 > 0.4 > rows["heads and neurons 1"]["stays"]
 
 
 def test_another_run_has_the_same_ratios_and_nothing_else():
