@@ -167,7 +167,7 @@ def authors():
     rows = read("authors.csv")
     for ax, (p, tasks) in zip(axes, ((13, 8), (7, 12))):
         for code, colour in (("ours", "C0"), ("theirs", "C1")):
-            for seed in range(3):
+            for seed in range(6):                            # as many as there are
                 mine = [r for r in rows if (r["code"], r["p"], r["seed"]) == (code, p, seed)]
                 for name, style, what in (("id_train", "-", "trained on"),
                                           ("id_test", ":", "never seen")):
