@@ -517,7 +517,7 @@ def circuit_donors(context, example, p):
     """{number: (donor that differs in it, donor that shares it, the program's answer with the
     first's number)}. Tasks and divisors are another context's; so are lines, where they may be."""
     (tasks, divisor, ratio), each = context, torch.arange(len(example))
-    inverse = torch.tensor([0] + [pow(n, -1, p) for n in range(1, p)])
+    inverse = g.inverses(p)
     other_tasks, other_divisors = tasks.roll(1, 0), divisor.roll(1, 0)
     examples, ours, neighbour = ratio[:, :-1], divisor[:, -1], (example + 1) % (ratio.size(1) - 1)
     z = quotient(tasks, ratio, p)                                # over the divisor, (n, k)
@@ -621,7 +621,7 @@ def log_probabilities(lab, tokens):
 def implied_tasks(tokens, p):
     """The task (a, b) that goes through an example and the last query of tokens (B, 3k + 3) if the
     query's answer is 0, 1, ..., p - 1: (B, k, p, 2). No example may be on the query's line."""
-    inverse = torch.tensor([0] + [pow(n, -1, p) for n in range(1, p)])
+    inverse = g.inverses(p)
     u, v, w = tokens[:, :-3].unflatten(1, (-1, 3)).unsqueeze(2).unbind(-1)           # (B, k, 1)
     x, y = tokens[:, None, None, -3], tokens[:, None, None, -2]                      # (B, 1, 1)
     z, scale = torch.arange(p), inverse[(u * y - v * x) % p]     # by Cramer's rule
@@ -768,8 +768,7 @@ def measure_exchange(lab):
     ours, other = (off_line(lab, 4, 32 * SEQUENCES, run) for run in (0, 1))
     seen = record(sites(lab.model), lambda: answers(lab, other), slice(-2, -1))      # (B, 1, C)
     right = [answers(lab, tokens)[:, -1] == tokens[:, -1] for tokens in (ours, other)]
-    inverse = torch.tensor([0] + [pow(n, -1, lab.p) for n in range(1, lab.p)])
-    wanted = {"z/y": other[:, -1] * inverse[other[:, -2]] * ours[:, -2] % lab.p,
+    wanted = {"z/y": other[:, -1] * g.inverses(lab.p)[other[:, -2]] * ours[:, -2] % lab.p,
               "z": other[:, -1], "stays": ours[:, -1]}
     rows = {}
     for block in range(lab.cfg.depth):

@@ -115,11 +115,14 @@ def to_tokens(tasks, inputs, p):
     z = (tasks[:, None] * features(inputs, p)).sum(-1, keepdim=True) % p                # (B, k, 1)
     return torch.cat((inputs, z), dim=-1).flatten(1)                                 # (B, 3k)
 
+def inverses(p):
+    """1/n of each residue n, and 0 for 0: (p,)."""
+    return torch.tensor([0] + [pow(n, -1, p) for n in range(1, p)])
+
 def line_of(inputs, p):
     """The line through the origin of inputs (..., 2): their features' ratio v/u, or p if u = 0."""
-    inverse = torch.tensor([0] + [pow(u, -1, p) for u in range(1, p)], device=inputs.device)
     u, v = features(inputs, p).unbind(-1)
-    return torch.where(u > 0, v * inverse[u] % p, p)                                 # (...)
+    return torch.where(u > 0, v * inverses(p).to(u.device)[u] % p, p)                # (...)
 
 def powers(p):
     """The nonzero residues by discrete logarithm, base**0, base**1, ...: (p - 1,). The base is the
