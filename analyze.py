@@ -592,7 +592,8 @@ def show_circuit(lab, found):
 #           how many steps of the logarithm their y/x is below the query's? Which offsets do heads
 #           fetch, and what do they carry?
 # If by one character: one coefficient is far above the others. If by pairs: some are solved.
-# If by neither: no coefficient stands out, no pair is solved. No input is on an axis here.
+# If by neither: no coefficient stands out, no pair is solved. But in measure_zeros no input is on
+#           an axis.
 def at_offsets(lab, offsets, run=0):
     """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3). In
     another run each x/y is the same, but tasks are others, and so are the inputs' multipliers."""
@@ -600,7 +601,8 @@ def at_offsets(lab, offsets, run=0):
     tasks = lab.split["test_ood"][(lab.split["test_ood"] > 0).all(1)]    # 0 has no logarithm
     offsets = F.pad(offsets, (0, 1))                                     # the query's own is 0
     log_ratio = torch.randint(m, (len(offsets), 1), generator=generator) - offsets
-    generator = generator.manual_seed(SEED + run) if run else generator
+    if run:                                                  # run 0 goes on with the same numbers
+        generator.manual_seed(SEED + run)
     log_x = torch.randint(m, offsets.shape, generator=generator)
     inputs = g.powers(lab.p)[torch.stack((log_x, log_x + log_ratio), dim=-1) % m]
     chosen = torch.randint(len(tasks), (len(offsets),), generator=generator)
@@ -616,11 +618,11 @@ def log_probabilities(lab, tokens):
     """Of each z at the last query of tokens (B, 3k + 3), less their mean: (B, p)."""
     logits = torch.cat([lab.model(t[:, :-1].to(lab.device))[:, -1].float().cpu()
                         for t in tokens.split(g.CHUNK)])
-    return logits - logits.mean(1, keepdim=True)                 # what log_softmax adds is no more
+    return logits - logits.mean(1, keepdim=True)             # log_softmax differs by a constant
 
 def implied_tasks(tokens, p):
     """The task (a, b) that goes through an example and the last query of tokens (B, 3k + 3) if the
-    query's answer is 0, 1, ..., p - 1: (B, k, p, 2). No example may be on the query's line."""
+    query's answer is 0, 1, ..., p - 1: (B, k, p, 2). On the query's line there is no such task."""
     inverse = g.inverses(p)
     u, v, w = tokens[:, :-3].unflatten(1, (-1, 3)).unsqueeze(2).unbind(-1)           # (B, k, 1)
     x, y = tokens[:, None, None, -3], tokens[:, None, None, -2]                      # (B, 1, 1)
@@ -709,7 +711,7 @@ def by_two_heads(fetches, pairs):
     """Whether two different heads fetch pairs (n, 2): (n,). fetches (heads, p - 1) is 0 or 1."""
     one, other = fetches[:, pairs].movedim(-1, 0)                # who fetches either: (heads, n)
     all_choices, same_head_twice = one.sum(0) * other.sum(0), (one * other).sum(0)
-    return all_choices > same_head_twice
+    return all_choices > same_head_twice                         # some choice has two heads
 
 def measure_pairs(lab):
     """{"attention" (heads, p - 1), "pairs" (p - 1, p - 1): accuracy, "fetched": by whom,

@@ -334,7 +334,7 @@ def lessons(cfg):
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
-    if not lesson.reviews or step % 2 == 1:           # as before each look: LOOK_EVERY is even
+    if not lesson.reviews or step % 2 == 1:           # looks follow odd steps: at the lesson itself
         return lesson
     return lesson.reviews[step // 2 % len(lesson.reviews)]
 
