@@ -249,6 +249,13 @@ def test_each_line_comes_once_in_any_order():
     assert len({*slopes}) > 50 and {s[0] for s in slopes} == {None, *range(p)}
 
 
+def test_on_an_axis_all_x_are_0_or_all_y():
+    cfg = tiny(p=7, tasks=12, batch=60, examples=20)
+    _, sequences = batch_of(cfg, g.Lesson("axis", 1, 8, "axis"))
+    zero = (sequences[..., :2] == 0).all(1)                      # all x, all y: (sequences, 2)
+    assert zero.any(1).all() and zero.float().mean(0).min() > 0.3
+
+
 def test_a_line_without_inputs_to_train_on_is_replaced():
     p, cfg = 5, tiny(p=5, tasks=8, batch=60)
     some = g.grid(5)[5:]                                         # none has x = 0
