@@ -217,5 +217,13 @@ def fade():
     figure.savefig(os.path.join(HERE, "fade.png"), dpi=100)
 
 if __name__ == "__main__":
+    import grok_icl
+    drawings = {f.__name__: f for f in (circuit, characters, curves, grokking, authors, fade)}
     for name in sys.argv[1:]:
-        {f.__name__: f for f in (circuit, characters, curves, grokking, authors, fade)}[name]()
+        try:
+            if name not in drawings:
+                raise grok_icl.BadInput(f"{name}: not of {', '.join(drawings)}")
+            drawings[name]()
+        except grok_icl.BadInput as e:
+            print(f"error: {e}", file=sys.stderr)
+            sys.exit(2)

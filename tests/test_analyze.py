@@ -4,13 +4,11 @@ where its null must say no; brute force over Z_p as reference; the command line 
 """
 import builtins
 import cmath
-import csv
 import doctest
 import functools
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
