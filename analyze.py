@@ -1009,13 +1009,10 @@ def main(argv=None):
             raise g.BadInput(f"--out {out}: {e}")
         analyze(lab, parts, out)
         print(end="", flush=True)
+    except KeyboardInterrupt:
+        return 130
     except Exception as e:
         return g.complain(e, "ask for one part at a time")
 
 if __name__ == "__main__":
-    if sys.stdout:                                    # a folder's name may not fit its encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

@@ -22,8 +22,6 @@ import contextlib
 import io
 import math
 import os
-import shlex
-import signal
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import SimpleNamespace
@@ -31,7 +29,6 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from filelock import FileLock, Timeout           # comes with torch
 from tqdm import tqdm
 
 # -------------------------------------------------------------------------------------- 1. Settings
@@ -559,16 +556,15 @@ def update_weights(run, loss, factor):
         optimizer.step()
         optimizer.zero_grad()
 
-def train(run, cfg, signals=()):
-    """Train, evaluate now and then, save to cfg.out. Returns whether the run is over; it isn't if
-    main's handler put a signal into the list signals."""
+def train(run, cfg):
+    """Train until the run is over; evaluate now and then, and save to cfg.out."""
     split = {name: pairs.to(run.device) for name, pairs in run.split.items()}
     input_lines = line_of(split["train_inputs"], cfg.p)
     sets = {name: tokens.to(run.device) for name, tokens in eval_sequences(
         run.split, "val_ood", EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}
     model = torch.compile(run.model) if cfg.compile else run.model
     with tqdm(initial=run.step, dynamic_ncols=True, disable=None) as bar:    # None: if no terminal
-        while not (is_over(run, cfg) or signals):
+        while not is_over(run, cfg):
             lesson = current_lesson(run, cfg)
             today = todays_lesson(lesson, run.step)              # it may be a review
             batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
@@ -588,9 +584,6 @@ def train(run, cfg, signals=()):
                 run.learned.append(run.step)
             if learned or is_over(run, cfg) or run.step % cfg.eval_every == 0:
                 evaluate_and_save(run, cfg, sets, loss.item(), lesson.name + ", learned" * learned)
-    if not is_over(run, cfg):
-        save(run, cfg, "last.pt")
-    return is_over(run, cfg)
 
 # --------------------------------------------- 8. The lecture is over: what a running program needs
 @contextlib.contextmanager
@@ -615,27 +608,24 @@ def mixed_precision(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16" or (
         cfg.amp == "auto" and has))
 
-STATE = ("split", "step", "lessons", "learned", "history")   # of a run, beside weights, moments
+STATE = ("split", "step", "learned", "history")       # of a run, beside weights and moments
 
 def new_model(cfg):
     """A GPT with the seed's initial weights; the process's own random numbers stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        return GPT(cfg).float()                       # whatever torch's default is
+        return GPT(cfg)
 
 def make_run(cfg, checkpoint=None):
     """A run's state, new or from a checkpoint; BadInput if that doesn't fit cfg."""
     device = pick_device(cfg.device)
     run = SimpleNamespace(
         split=make_split(cfg), device=device, model=new_model(cfg).to(device),
-        generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[], learned=[],
-        lessons=[lesson.name for lesson in lessons(cfg)])
+        generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[], learned=[])
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast = mixed_precision(cfg, device)
     if checkpoint:
         with refusing(f"{cfg.out}/last.pt: doesn't fit its own config"):
-            if checkpoint["lessons"] != run.lessons:
-                raise ValueError("other lessons")
             torch.testing.assert_close(checkpoint["split"], run.split)
             vars(run).update({name: checkpoint[name] for name in STATE})
             run.model.load_state_dict(checkpoint["model"])
@@ -647,17 +637,9 @@ def make_run(cfg, checkpoint=None):
 
 def write_file(path, content):
     """Write bytes under another name, then rename: a reader finds the old file or the new one."""
-    other = f"{path}.{os.getpid()}.tmp"
-    with open(other, "wb") as f:
+    with open(path + ".tmp", "wb") as f:
         f.write(content)
-    os.replace(other, path)
-
-@torch.no_grad()
-def sample_logits(model):
-    """Logits of one fixed sequence: do rule, code of the model and weights still fit together?"""
-    p, device = model.embedding.weight.size(0), model.embedding.weight.device
-    tokens = to_tokens(torch.tensor([[1, 2]]), torch.tensor([[[2, 1], [2, 2]]]), p)[:, :-1]
-    return model(tokens.to(device)).cpu()                                            # (1, 2, p)
+    os.replace(path + ".tmp", path)
 
 def save(run, cfg, name):
     """Write all of the run and its config to cfg.out/name, unless a weight isn't finite."""
@@ -667,7 +649,7 @@ def save(run, cfg, name):
     state |= dict(config=asdict(replace(cfg, resume=False)), device=run.device.type,
                   model=run.model.state_dict(),
                   optimizers=[o.state_dict() for o in run.optimizers],
-                  generator=run.generator.get_state(), sample=sample_logits(run.model))
+                  generator=run.generator.get_state())
     torch.save(state, buffer := io.BytesIO())
     write_file(os.path.join(cfg.out, name), buffer.getbuffer())
 
@@ -681,7 +663,6 @@ def load_checkpoint(path, device="cpu"):
         known = {k: v for k, v in checkpoint["config"].items() if k in NAMES}
         model = new_model(cfg := Config(**known))
         model.load_state_dict(checkpoint["model"])
-        torch.testing.assert_close(sample_logits(model), checkpoint["sample"], rtol=0.01, atol=0.02)
         checkpoint["split"], checkpoint["step"], checkpoint["history"]       # KeyError without
     return checkpoint, cfg, model.to(device)
 
@@ -723,49 +704,19 @@ def parse_config(argv=None):
     check_settings(cfg := Config(**asked))
     return cfg
 
-@contextlib.contextmanager
-def alone_in(folder):
-    """Hold a run's folder, so that a second process is refused. If this process dies, the system
-    lets the folder go. What was made for nothing is removed."""
-    new = not os.path.isdir(folder)
-    with refusing(f"--out {folder}: can't be written"):
-        os.makedirs(folder, exist_ok=True)
-        lock = FileLock(os.path.join(folder, ".lock"))
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=0)
-    if not lock.is_locked:
-        raise BadInput(f"--out {folder}: another process is at work in it; take another folder")
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(lock.lock_file)
-        lock.release()
-        with contextlib.suppress(OSError):
-            if new:
-                os.removedirs(folder)                 # only what is empty
-
-def command_to_resume(folder):
-    return shlex.join(["python", "grok_icl.py", "--resume", "--out", folder])
-
 def checkpoint_of(cfg):
     """last.pt of the run in cfg.out, to go on from, or None if there is no run. BadInput if there
-    is one and no --resume, or if best.pt, which the closing report will want, is of another run."""
-    files = [name for name in sorted(os.listdir(cfg.out))
-             if name == "metrics.csv" or name.endswith(".pt")]
+    is one and no --resume."""
+    files = [name for name in ("metrics.csv", "best.pt", "last.pt")
+             if os.path.exists(os.path.join(cfg.out, name))]
     if files and not cfg.resume:
-        raise BadInput(f"--out {cfg.out}: holds a run. To go on with it: "
-                       f"{command_to_resume(cfg.out)}; to start afresh: another --out")
+        raise BadInput(f"--out {cfg.out}: holds a run. The same command with --resume goes on with "
+                       "it; to start afresh, take another --out")
     if not files:
         return None
     checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))[0]
-    odd = {*checkpoint["config"]} ^ {*NAMES}
-    if odd:
-        raise BadInput(f"{cfg.out}/last.pt: of another version of the code: {', '.join(odd)}")
-    if checkpoint["history"]:
-        best = load_checkpoint(os.path.join(cfg.out, "best.pt"))[1]
-        if any(getattr(best, name) != getattr(cfg, name) for name in FIXED):
-            raise BadInput(f"{cfg.out}/best.pt: of another run")
+    if checkpoint["history"]:                         # the closing report will want best.pt
+        load_checkpoint(os.path.join(cfg.out, "best.pt"))
     return checkpoint
 
 def check_settings(cfg):
@@ -791,20 +742,6 @@ def check_settings(cfg):
     need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
          "auto, lines or none with --p 3 or --examples 2: a pair needs a third line")
 
-@contextlib.contextmanager
-def noted_signals():
-    """A list that only notes Ctrl-C and what SLURM sends, so that train can save and stop."""
-    noted, before = [], {}
-    with contextlib.suppress(ValueError):             # in a thread, which may not set handlers
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if number := getattr(signal, name, None):            # Windows has no SIGUSR1
-                before[number] = signal.signal(number, lambda number, _: noted.append(number))
-    try:
-        yield noted
-    finally:                                          # a notebook goes on with its own handlers
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
 def complain(error, remedy="make --batch, --examples or --embd smaller"):
     """Print an error that is no bug as one line and return the exit code. A bug is raised again."""
     if isinstance(error, BrokenPipeError):            # piped into head, which has seen enough
@@ -815,8 +752,6 @@ def complain(error, remedy="make --batch, --examples or --embd smaller"):
         line += "; the files saved before are whole"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in line:
         line = f"out of memory; {remedy}"
-    elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        line = "torch.compile fails on this machine; try --no-compile"
     elif not isinstance(error, BadInput):
         raise error
     print("error: " + line, file=sys.stderr)
@@ -826,26 +761,20 @@ def main(argv=None):
     """Parse, train, report. Returns the exit code or None; what goes wrong is a line on stderr."""
     try:
         cfg = parse_config(argv)
-        with alone_in(cfg.out), noted_signals() as signals:
-            run = make_run(cfg, checkpoint_of(cfg))
-            with refusing(f"--out {cfg.out}: can't be written"):
-                save(run, cfg, "last.pt")             # so that whatever is found can be resumed
-            print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, seed "
-                  f"{cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
-            finished = train(run, cfg, signals)
-            if finished:
-                report(run, cfg)
-            else:
-                print("Saved. To go on: " + command_to_resume(cfg.out))
-            print(end="", flush=True)                 # so that a closed pipe is noticed here
-        return None if finished else 128 + signals[0]
+        run = make_run(cfg, checkpoint_of(cfg))
+        with refusing(f"--out {cfg.out}: can't be written"):
+            os.makedirs(cfg.out, exist_ok=True)
+            save(run, cfg, "last.pt")                 # so that whatever is found can be resumed
+        print(f"p {cfg.p}, {cfg.tasks} tasks, depth {cfg.depth}, batch {cfg.batch}, seed "
+              f"{cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
+        train(run, cfg)
+        report(run, cfg)
+        print(end="", flush=True)                     # so that a closed pipe is noticed here
+    except KeyboardInterrupt:
+        print("\nStopped. The same command with --resume goes on from the last evaluation.")
+        return 130
     except Exception as e:
         return complain(e)
 
 if __name__ == "__main__":
-    if sys.stdout:                                    # a folder's name may not fit its encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:                         # before or after the training
-        sys.exit(130)
+    sys.exit(main())

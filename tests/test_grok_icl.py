@@ -22,7 +22,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch._dynamo.exc
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -320,7 +319,7 @@ def test_a_run_goes_through_its_lessons_and_reviews(tmp_path, monkeypatch):
     cfg = tiny(lessons="pairs", steps=6, out=str(tmp_path))
     run = g.make_run(cfg)
     os.makedirs(cfg.out, exist_ok=True)
-    assert g.train(run, cfg)
+    g.train(run, cfg)
     course = g.lessons(cfg)
     assert run.learned == [*range(4, 4 * len(course), 4)] and run.step == run.learned[-1] + 6
     for step, (name, score_y) in enumerate(seen):
@@ -338,7 +337,7 @@ def test_a_review_does_not_tell_whether_a_lesson_is_learned(tmp_path, monkeypatc
     cfg = tiny(lessons="pairs", out=str(tmp_path))
     run = g.make_run(cfg)
     os.makedirs(cfg.out, exist_ok=True)
-    assert g.train(run, cfg)
+    g.train(run, cfg)
     assert g.current_lesson(run, cfg).name == "row"              # the first with a review
 
 
@@ -462,7 +461,6 @@ def test_the_benchmark_counts_a_whole_run(tmp_path, monkeypatch):
     """Also as lessons change: sequences become longer, y is no longer scored, reviews come."""
     quickly(monkeypatch, enough=-1)
     monkeypatch.setattr(g, "evaluate", lambda model, tokens: torch.zeros(2, 20))
-    monkeypatch.setattr(g, "sample_logits", lambda model: torch.zeros(1))
     with FlopCounterMode(display=False) as counted:
         trained(tiny(examples=20, optimizer="adamw", lessons="pairs", out=str(tmp_path)))
     assert len(g.load_checkpoint(tmp_path / "last.pt")[0]["learned"]) == 6
@@ -524,15 +522,15 @@ def test_another_rule_is_learned_and_goes_through_lessons(tmp_path, monkeypatch)
     monkeypatch.setattr(g, "features", squared)
     line = {xy: n for xy, n in zip(rows(g.grid(5)), g.line_of(g.grid(5), 5).tolist())}
     assert line[1, 3] == line[4, 3] == line[2, 2] == 3           # features (1, 3), (1, 3), (4, 2)
-    signals, is_learned = [], g.is_learned
 
-    def learned_and_stop(*args):
-        signals.extend([signal.SIGINT] * is_learned(*args))
-        return len(signals) > 0
-    monkeypatch.setattr(g, "is_learned", learned_and_stop)
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(g, "evaluate_and_save", stop)
     cfg = tiny(embd=32, batch=64, lr=0.02, lessons="lines", out=str(tmp_path), eval_every=1000)
     run = g.make_run(cfg)
-    assert not g.train(run, cfg, signals) and len(run.learned) == 1
+    with pytest.raises(KeyboardInterrupt):
+        g.train(run, cfg)
+    assert len(run.learned) == 1 and run.step < 1000
 
 
 def test_novel_queries_against_a_loop():
@@ -673,23 +671,17 @@ def trained(cfg):
     run = g.make_run(cfg)
     os.makedirs(cfg.out, exist_ok=True)
     g.save(run, cfg, "last.pt")
-    return g.train(run, cfg)
+    g.train(run, cfg)
 
 
 def interrupted(cfg, step, monkeypatch, checkpoint=None):
     """Train, and get Ctrl-C within that step, counted from the start or the checkpoint."""
-    signals, batch = [], g.training_batch
-    calls = itertools.count(1)
-
-    def interrupting(*args):
-        if next(calls) == step:
-            signals.append(signal.SIGINT)
-        return batch(*args)
     with monkeypatch.context() as patch:
-        patch.setattr(g, "training_batch", interrupting)
+        at_step(patch, step, raising(KeyboardInterrupt()))
         run = g.make_run(cfg, checkpoint)
         os.makedirs(cfg.out, exist_ok=True)
-        return g.train(run, cfg, signals)
+        with pytest.raises(KeyboardInterrupt):
+            g.train(run, cfg)
 
 
 @pytest.mark.parametrize("changes", [
@@ -702,19 +694,18 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, c
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     trained(tiny(**changes, out=str(whole)))
 
-    assert not interrupted(tiny(**changes, out=str(parts)), 6, monkeypatch)
-    for step in (6, 7, 8):                                       # step by step; at 8 it evaluates
-        assert torch.load(parts / "last.pt", weights_only=True)["step"] == step
+    interrupted(tiny(**changes, out=str(parts)), 6, monkeypatch)
+    for more in (3, 6, 1):
         cfg = g.parse_config(["--resume", "--out", str(parts)])
-        assert not interrupted(cfg, 1, monkeypatch, g.checkpoint_of(cfg))
+        interrupted(cfg, more, monkeypatch, g.checkpoint_of(cfg))
+    assert 0 < torch.load(parts / "last.pt", weights_only=True)["step"] < 12
     cfg = g.parse_config(["--resume", "--out", str(parts)])
-    assert g.train(g.make_run(cfg, g.checkpoint_of(cfg)), cfg)
+    g.train(g.make_run(cfg, g.checkpoint_of(cfg)), cfg)
 
     assert (whole / "metrics.csv").read_bytes() == (parts / "metrics.csv").read_bytes()
     for name in ("last.pt", "best.pt"):
         a, b = (torch.load(d / name, weights_only=True) for d in (whole, parts))
         assert a.pop("device") == b.pop("device") == changes.get("device", "cpu")
-        assert a.pop("lessons") == b.pop("lessons") == [l.name for l in g.lessons(cfg)]
         assert {**a.pop("config"), "out": ""} == {**b.pop("config"), "out": ""}
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert len(a["learned"]) == len(g.lessons(cfg)) - 1
@@ -772,7 +763,7 @@ def test_training_keeps_what_it_promises(tmp_path):
     before = {f.name: f.read_bytes() for f in out.iterdir()}
     again = run([*TINY_FLAGS, "--out", str(out)])
     assert again.returncode == 2 and again.stderr.count("\n") == 1
-    assert f"--resume --out {out}" in again.stderr and "to start afresh" in again.stderr
+    assert "holds a run" in again.stderr and "with --resume" in again.stderr
     differs = run(["--resume", "--out", str(out), "--lr", "0.5"])
     assert differs.returncode == 2 and "--lr 0.5" in differs.stderr and "0.01" in differs.stderr
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
@@ -794,25 +785,18 @@ def one_error(stderr):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
-    """Not at an evaluation whose loss is still fine, and not when stopped by a signal."""
-    batch = g.training_batch
-    for when in (4, 6):                                          # an evaluation; between two
-        cfg, calls, signals = tiny(out=str(tmp_path)), itertools.count(1), []
-
-        def breaking(*args):
-            if next(calls) == when:
-                run.model.norm.weight.register_hook(lambda grad: grad * math.nan)
-                signals.append(signal.SIGINT)
-            return batch(*args)
-        monkeypatch.setattr(g, "training_batch", breaking)
-        run = g.make_run(cfg)
-        with pytest.raises(FloatingPointError, match=f"at step {when} weights not finite"):
-            g.train(run, cfg, signals)
-        for name in ("last.pt", "best.pt"):
-            if (tmp_path / name).exists():
-                checkpoint = torch.load(tmp_path / name, weights_only=True)
-                assert checkpoint["step"] < when
-                assert checkpoint["model"]["norm.weight"].isfinite().all()
+    """Though the loss of that step was still fine."""
+    def breaking():
+        run.model.norm.weight.register_hook(lambda grad: grad * math.nan)
+    cfg = tiny(out=str(tmp_path))
+    run = g.make_run(cfg)
+    at_step(monkeypatch, 8, breaking)
+    with pytest.raises(FloatingPointError, match="at step 8 weights not finite"):
+        g.train(run, cfg)
+    for name in ("last.pt", "best.pt"):
+        checkpoint = torch.load(tmp_path / name, weights_only=True)
+        assert checkpoint["step"] == 4
+        assert checkpoint["model"]["norm.weight"].isfinite().all()
 
 
 def test_the_report_is_of_the_weights_in_best_pt(tmp_path, monkeypatch, capsys):
@@ -848,22 +832,19 @@ def test_the_report_shows_what_model_and_oracles_score_on_novel_queries(
         assert row.split()[4:] == [f"{100 * v:.1f}" for v in expected]
 
 
-@pytest.mark.parametrize("number, code", [
-    (signal.SIGINT, 130), (signal.SIGTERM, 143),
-    *([(signal.SIGUSR1, 128 + signal.SIGUSR1)] if hasattr(signal, "SIGUSR1") else [])])
-def test_a_signal_saves_and_says_how_to_resume(tmp_path, number, code):
+def test_ctrl_c_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
     argv = [*TINY_FLAGS, "--steps", "100000", "--out", str(out)]
     process = subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
-    while not (out / "metrics.csv").exists() and time.time() < deadline:
+    while not (out / "best.pt").exists() and time.time() < deadline:
         time.sleep(0.1)
-    for _ in range(3):                                           # passed on by a launcher too
-        process.send_signal(number)
-    stdout = process.communicate(timeout=60)[0]
-    assert process.returncode == code and f"--resume --out {out}" in stdout
-    assert torch.load(out / "last.pt", weights_only=True)["step"] > 0
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert "same command with --resume" in stdout
+    assert torch.load(out / "last.pt", weights_only=True)["step"] % 4 == 0
 
 
 def at_step(monkeypatch, step, action):
@@ -883,39 +864,6 @@ def raising(error):
     return action
 
 
-@pytest.fixture
-def handlers():
-    """{signal: a handler that the user of a notebook had set}, set for the test."""
-    mine = {number: lambda number, frame: None for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: signal.signal(number, handler) for number, handler in mine.items()}
-    yield mine
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_a_notebook_keeps_its_own_signal_handlers(tmp_path, monkeypatch, handlers):
-    """After a run that finished, one that was stopped, and one that failed."""
-    def kept():
-        return {number: signal.getsignal(number) for number in handlers} == handlers
-    assert g.main([*TINY_FLAGS, "--out", str(tmp_path / "finished")]) is None and kept()
-    with monkeypatch.context() as patch:
-        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
-        assert g.main([*TINY_FLAGS, "--out", str(tmp_path / "stopped")]) == 130 and kept()
-    at_step(monkeypatch, 6, raising(KeyError("a bug")))
-    with pytest.raises(KeyError):
-        g.main([*TINY_FLAGS, "--out", str(tmp_path / "failed")])
-    assert kept()
-
-
-def test_it_trains_in_a_thread_which_may_not_set_handlers(tmp_path):
-    codes = []
-    thread = threading.Thread(
-        target=lambda: codes.append(g.main([*TINY_FLAGS, "--out", str(tmp_path)])))
-    thread.start()
-    thread.join()
-    assert codes == [None] and (tmp_path / "best.pt").exists()
-
-
 def no_space(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -926,7 +874,6 @@ def no_space(*args):
     (raising(MemoryError()), ["out of memory", "--embd"]),
     (raising(FloatingPointError("at step 5 weights not finite")), ["not finite"]),
     (no_space, ["No space left"]),
-    (raising(torch._dynamo.exc.TorchDynamoException("no compiler")), ["--no-compile"]),
 ])
 def test_what_runs_out_is_one_line_and_loses_nothing(action, words, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
@@ -972,7 +919,7 @@ def test_a_killed_run_is_resumed_as_if_nothing_had_been():
     assert done.returncode == 0 and "2 kills" in done.stdout, done.stdout + done.stderr
 
 # -------------------------------------------------------------------------------------------------
-# Surroundings: variables that others set, a second start, a notebook's process, a cluster's restart
+# Surroundings: variables that others set, a notebook's process, a cluster's restart
 # -------------------------------------------------------------------------------------------------
 
 def test_variables_of_others_change_nothing(tmp_path, monkeypatch):
@@ -983,58 +930,10 @@ def test_variables_of_others_change_nothing(tmp_path, monkeypatch):
     assert done.returncode == 0 and "Phase:" in done.stdout, done.stderr
 
 
-@contextlib.contextmanager
-def started(argv, **kwargs):
-    """A training process; at the end it is killed, however the test ends."""
-    with subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv], text=True,
-                          **{"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL} | kwargs
-                          ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def test_a_second_start_in_one_folder_is_refused_while_the_first_goes_on(tmp_path):
-    endless = [*TINY_FLAGS, "--steps", "100000", "--out", str(tmp_path)]
-    with started(endless) as first:
-        assert first.stdout.readline().startswith("p 5")
-        second = run([*endless, "--resume"])
-        assert second.returncode == 2 and second.stderr.count("\n") == 1
-        assert "another process" in second.stderr and str(tmp_path) in second.stderr
-        assert first.poll() is None                              # and is killed, untidily
-    with started([*endless, "--resume"]) as third:               # the dead one holds nothing
-        assert third.stdout.readline().startswith("p 5")
-        third.send_signal(signal.SIGTERM)
-        assert "Saved" in third.communicate()[0]
-
-
-def test_two_starts_at_once_make_one_run(tmp_path):
-    """Both look at an empty folder; one trains, the other says why not."""
-    argv = [sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS, "--out", str(tmp_path / "run")]
-    both = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for _ in range(2)]
-    said = [process.communicate() for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], said
-    [line] = [err for process, (_, err) in zip(both, said) if process.returncode == 2]
-    assert line.count("\n") == 1 and ("another process" in line or "holds a run" in line)
-
-
-def test_processes_write_under_different_names(tmp_path, monkeypatch):
-    names = []
-    monkeypatch.setattr(g.os, "replace", lambda source, target: names.append(source))
-    for pid in (1, 2):
-        monkeypatch.setattr(g.os, "getpid", lambda: pid)
-        g.write_file(str(tmp_path / "file"), b"")
-    assert len(set(names)) == 2
-
-
-def test_a_folder_made_for_nothing_is_removed_again(tmp_path, monkeypatch):
+def test_nothing_is_made_for_a_run_that_can_not_be(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    os.mkdir("mine")
-    for out in ("mine", "new/run"):
-        assert g.main([*TINY_FLAGS, "--device", "cuda:99", "--out", out]) == 2
-    assert sorted(str(path) for path in tmp_path.rglob("*")) == [str(tmp_path / "mine")]
+    assert g.main([*TINY_FLAGS, "--device", "cuda:99", "--out", "new/run"]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -1050,24 +949,12 @@ def test_one_command_starts_a_run_and_goes_on_with_it(tmp_path, monkeypatch):
     """As a cluster does, which restarts a job with the command it was started with."""
     argv = [*TINY_FLAGS, "--resume", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
-        assert g.main(argv) == 143
+        at_step(patch, 6, raising(KeyboardInterrupt()))
+        assert g.main(argv) == 130
     assert g.main(argv) is None                                  # goes on
     assert g.main(argv) is None                                  # is over; reports once more
     steps = [r["step"] for r in csv.DictReader((tmp_path / "run/metrics.csv").open())]
     assert steps == ["4", "8", "12"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
-def test_the_printed_command_survives_a_shell(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "it's $HOME; \"mine\""
-    with monkeypatch.context() as patch:
-        at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
-        assert g.main([*TINY_FLAGS, "--out", str(folder)]) == 143
-    command = capsys.readouterr().out.split("To go on: ")[1].strip()
-    command = command.replace("python grok_icl.py", f"{sys.executable} {ROOT / 'grok_icl.py'}", 1)
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0 and "Phase:" in done.stdout, done.stderr
 
 
 def test_a_torch_without_muon_is_named(tmp_path, monkeypatch, capsys):
@@ -1076,29 +963,6 @@ def test_a_torch_without_muon_is_named(tmp_path, monkeypatch, capsys):
     assert g.main(flags) == 2 and not list(tmp_path.iterdir())
     assert "--optimizer muon: must be adamw" in capsys.readouterr().err
     assert g.main([*flags, "--optimizer", "adamw"]) is None
-
-
-def test_a_checkpoint_loads_under_another_default_dtype(half_a_run, tmp_path):
-    (tmp_path / "last.pt").write_bytes(half_a_run[0])
-    tokens = random_tokens(5, 10, 4)[:, :-1]
-    expected = g.load_checkpoint(tmp_path / "last.pt")[2](tokens)
-    torch.set_default_dtype(torch.float64)
-    try:
-        torch.testing.assert_close(g.load_checkpoint(tmp_path / "last.pt")[2](tokens), expected,
-                                   rtol=0, atol=0)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def test_a_setting_that_is_no_more_is_named_where_it_matters(half_a_run, tmp_path, capsys):
-    """It is about training, so that a model can be looked at, but not trained on."""
-    checkpoint = torch.load(io.BytesIO(half_a_run[0]), weights_only=True)
-    checkpoint["config"]["dropout"] = 0.1
-    torch.save(checkpoint, tmp_path / "last.pt")
-    (tmp_path / "best.pt").write_bytes(half_a_run[1])
-    g.load_checkpoint(tmp_path / "last.pt")
-    assert g.main(["--resume", "--out", str(tmp_path)]) == 2
-    assert "dropout" in capsys.readouterr().err
 
 
 def test_sequences_may_be_longer_than_those_trained_on():
@@ -1110,11 +974,14 @@ def test_a_file_gets_each_line_at_once_and_no_bars(tmp_path):
     """stdout and stderr as nohup or SLURM have them."""
     argv = [*TINY_FLAGS, "--steps", "100000", "--eval-every", "100", "--out", str(tmp_path / "run")]
     with (open(tmp_path / "err", "w") as err, open(tmp_path / "log", "w") as log,
-          started(argv, stdout=log, stderr=err) as process):
+          subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv], stdout=log,
+                           stderr=err) as process):
         deadline = time.time() + 60                              # no buffer is full by then
         while "step" not in (tmp_path / "log").read_text() and time.time() < deadline:
             time.sleep(0.05)
-        assert process.poll() is None and "step    100" in (tmp_path / "log").read_text()
+        running = process.poll() is None
+        process.kill()
+    assert running and "step    100" in (tmp_path / "log").read_text()
     assert (tmp_path / "err").read_text() == ""
 
 
@@ -1205,15 +1072,11 @@ def put(*path, value):
 
 
 MUTATIONS = {
-    "another version": put("config", "dropout", value=0.1),
     "other width": put("config", "embd", value=32),
-    "an older version": put("config", "lr_end", value=None),
-    "no lessons": put("learned", value=None), "other lessons": put("lessons", value=["free", "x"]),
+    "no lessons": put("learned", value=None),
     "no weight": put("model", "norm.weight", value=None), "no split": put("split", value=None),
     "no history": put("history", value=None),
     "weight of another shape": put("model", "norm.weight", value=torch.ones(8)),
-    "weights of other code": put("sample", value=torch.zeros(1, 2, 5)),
-    "weights that are no numbers": put("model", "norm.weight", value=torch.full((16,), math.nan)),
     "an optimizer too few": put("optimizers", value=[]), "code": put("config", value=Exploit()),
 }
 
@@ -1248,30 +1111,11 @@ def test_bad_checkpoints_are_refused(kind, half_a_run, tmp_path, monkeypatch, ca
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
-def test_weights_of_another_activation_are_refused(monkeypatch):
-    g.load_checkpoint(ROOT / "assets" / "quick.pt")
-    monkeypatch.setattr(g.F, "relu", F.gelu)
-    with pytest.raises(g.BadInput, match="another version of the code"):
-        g.load_checkpoint(ROOT / "assets" / "quick.pt")
-
-
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     done = run([*TINY_FLAGS, "--out", str(tmp_path / "file" / "run")])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--out" in done.stderr
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_folder_of_two_runs_is_not_resumed(half_a_run, tmp_path, capsys):
-    """best.pt of another run would be reported as this one's."""
-    for name, content in zip(("last.pt", "best.pt"), half_a_run):
-        (tmp_path / name).write_bytes(content)
-    other = torch.load(tmp_path / "best.pt", weights_only=True)
-    other["config"]["lr"] = 0.123
-    torch.save(other, tmp_path / "best.pt")
-    assert g.main(["--resume", "--out", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "best.pt" in err and "another run" in err
 
 
 def test_a_seed_that_does_not_fit_the_split_is_refused(half_a_run, tmp_path, capsys):
@@ -1283,25 +1127,6 @@ def test_a_seed_that_does_not_fit_the_split_is_refused(half_a_run, tmp_path, cap
     assert g.main(["--resume", "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "doesn't fit its own config" in err or "damaged" in err
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_a_run_does_not_depend_on_torchs_default_dtype(dtype, tmp_path):
-    plain, other = tmp_path / "plain", tmp_path / "other"
-    assert g.main([*TINY_FLAGS, "--out", str(plain)]) is None
-    torch.set_default_dtype(dtype)
-    try:
-        assert g.main([*TINY_FLAGS, "--out", str(other)]) is None
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert g.load_checkpoint(other / "best.pt")[2].norm.weight.dtype == torch.float32
-
-
-def test_a_folder_whose_name_stdout_cannot_write(tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS, "--out",
-                           str(tmp_path / "\u00fc")], capture_output=True, env=env)
-    assert done.returncode == 0 and b"\\xfc" in done.stdout and done.stderr == b""
 
 
 def test_resume_refuses_a_preset_that_differs(half_a_run, tmp_path, capsys):
@@ -1322,7 +1147,7 @@ def test_resume_with_the_same_preset_keeps_what_was_set(tmp_path, monkeypatch):
     assert g.parse_config(resume + ["--eval-every", "7"]).eval_every == 7
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "step100.pt"])
+@pytest.mark.parametrize("name", ["metrics.csv", "best.pt"])
 def test_what_is_left_of_a_run_is_not_overwritten(name, tmp_path, capsys):
     (tmp_path / name).write_text("mine")
     assert g.main([*TINY_FLAGS, "--out", str(tmp_path)]) == 2
