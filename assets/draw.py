@@ -1,10 +1,9 @@
 """
 The pictures of README and pages that analyze.py doesn't draw: python assets/draw.py NAME
 
-    circuit, characters     the two drawings, as SVG
-    curves, grokking        from curves.csv and claims.csv
-    authors                 from authors.csv
-    fade                    from runs out/late-16, out/late-32, out/late-64 with snapshots
+    data, circuit, characters   as SVG
+    curves, grokking, authors   from curves.csv, claims.csv, authors.csv
+    fade                        from runs out/late-16, out/late-32, out/late-64 with snapshots
 """
 import csv
 import os
@@ -14,6 +13,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, ".."))
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
+YELLOW, PINK = "#E69F00", "#CC79A7"
 
 # --------------------------------------------------------------------------------------- drawings
 class Drawing:
@@ -37,6 +37,12 @@ class Drawing:
                           f'height="{height}" rx="6" fill="{fill}" stroke="#666"/>')
         self.text(x, y + 5, words)
 
+    def cell(self, x, y, size, fill, stroke="#ffffff", words=""):
+        """A square with its lower left corner at x, y."""
+        self.parts.append(f'<rect x="{x}" y="{y - size}" width="{size}" height="{size}" '
+                          f'fill="{fill}" stroke="{stroke}" stroke-width="1.5"/>')
+        self.text(x + size / 2, y - size / 2 + 6, words, 16)
+
     def arrow(self, x1, y1, x2, y2):
         self.parts.append(f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="#444" '
                           'stroke-width="1.6" marker-end="url(#tip)"/>')
@@ -48,6 +54,43 @@ class Drawing:
     def save(self, name):
         with open(os.path.join(HERE, name), "w", encoding="utf-8") as f:
             f.write("\n".join([*self.parts, "</svg>"]) + "\n")
+
+def data():
+    """A split at p = 7, and the sequence of the README's example."""
+    import grok_icl as g
+    split = g.make_split(g.Config(p=7, tasks=28, seed=0))
+    d = Drawing(790, 330)
+    for left, title, axes, sets in (
+            (60, "tasks (a, b)", "ab", {"id": (BLUE, "i.d.: trained on"),
+                                        "val_ood": (YELLOW, "o.o.d., to validate"),
+                                        "test_ood": (ORANGE, "o.o.d., to test")}),
+            (430, "inputs (x, y)", "xy", {"train_inputs": (GREEN, "train inputs"),
+                                          "test_inputs": (PINK, "test inputs")})):
+        d.text(left + 77, 32, title, bold=True)
+        for n in range(7):
+            d.text(left + 11 + 22 * n, 214, n, 11, GREY)
+            d.text(left - 10, 191 - 22 * n, n, 11, GREY)
+        d.text(left + 77, 230, axes[0])
+        d.text(left - 28, 126, axes[1])
+        for row, (name, (colour, label)) in enumerate(sets.items()):
+            for across, up in split[name].tolist():
+                d.cell(left + 22 * across, 198 - 22 * up, 22, colour)
+            d.cell(left + 180, 70 + 26 * row, 14, colour)
+            d.text(left + 200, 68 + 26 * row, label, anchor="start")
+    corners = [(71 + 22 * a, 187 - 22 * b) for a, b in split["id"][:4].tolist()]
+    for corner in corners:                                   # the first rectangle that was drawn
+        d.dot(*corner, 4, "#ffffff")
+    d.text(240, 170, "dots: one rectangle", anchor="start")
+    tokens = g.to_tokens(g.torch.tensor([[2, 3]]), g.torch.tensor([[[1, 4], [1, 2], [3, 6]]]), 7)
+    for n, token in enumerate(tokens[0].tolist()):
+        x = 60 + 36 * n + 22 * (n // 3)
+        d.cell(x, 298, 36, "#dddddd" if n % 3 == 2 else "#ffffff", "#444444",
+               "?" if n == 8 else token)
+        d.text(x + 18, 256, "xyz"[n % 3], 13, GREY)
+    d.text(470, 286, "two examples, then the query", anchor="start", colour="#444")
+    d.text(60, 322, "One sequence, z = 2x + 3y mod 7. The model predicts each z from what is "
+           "before it; it never sees (2, 3).", anchor="start")
+    d.save("data.svg")
 
 def circuit():
     """The program of a model with two blocks, with the shares of analyze.py p29.pt circuit."""
@@ -218,7 +261,8 @@ def fade():
 
 if __name__ == "__main__":
     import grok_icl
-    drawings = {f.__name__: f for f in (circuit, characters, curves, grokking, authors, fade)}
+    drawings = {f.__name__: f for f in (data, circuit, characters, curves, grokking, authors,
+                                        fade)}
     for name in sys.argv[1:]:
         try:
             if name not in drawings:
