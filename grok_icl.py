@@ -90,6 +90,7 @@ MLP_RATIO = 4                 # MLP width / residual width
 ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
 ADAM_BETAS = (0.9, 0.98)
 LESSON_STEPS = 2000           # that a lesson may take, else the run ends
+ROW = 8                       # examples in a row, on as many lines; fewer if p is small
 LOOK_EVERY = 10               # steps between looks at whether a lesson is learned; an even number
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 2048       # of each set, in the closing report
@@ -283,8 +284,8 @@ class GPT(nn.Module):
 # earns anything without the other. Where all examples are on one line any of them will do, so the
 # lessons of lines begin there. Modular Regression is the same trap again: one example off the
 # query's line earns nothing until a second is found and the right sum of the two is known. So the
-# lessons of pairs begin with a row: examples on lines with the ratios r, rg, rg^2, ..., g being a
-# generator of the nonzero residues. There z/x is one fixed sum of the z/x of the preceding two.
+# lessons of pairs begin with a row: examples on lines with the ratios r, rh, rh^2, ..., h being one
+# fixed residue. There z/x is one fixed sum of the z/x of the preceding two.
 
 @dataclass
 class Lesson:
@@ -292,7 +293,7 @@ class Lesson:
     name: str
     lines: int                   # through the origin, on which the examples lie: at most so many
     examples: int                # in a sequence, if cfg.examples allows
-    order: str = "any"           # any: each example on any of the lines; row: on lines r, rg, ...;
+    order: str = "any"           # any: each example on any of the lines; row: on lines r, rh, ...;
     #                              once: no two on one line, in random order; axis: all on one axis
     more: int = 1                # times the usual number of sequences
     gaps: bool = False           # between examples, random ones
@@ -321,13 +322,26 @@ def lessons(cfg):
     # First the sum of two, then not to rely on their distance, then to find them anywhere. What was
     # learned before would be forgotten without reviews, and the axes would hardly be learned: 0 has
     # no logarithm, so that the model divides by y, say, and fails where y = 0.
-    few = min(8, p - 1)
+    few = min(ROW, p - 1)
     row = Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, rate=0.8, reviews=(free,))
     gaps = replace(row, name="row with gaps", gaps=True)
     axis = Lesson("axis", 1, 8, "axis")
     once = Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, enough=0.35, rate=0.4,
                   reviews=(free, gaps, axis))
     return [*lines, row, gaps, once, replace(free, rate=0.4, reviews=(once, axis))]
+
+def nearest_row(model, p):
+    """How many steps of the logarithm the lines of a row should be apart, for this model: s, where
+    a residue's embedding is most like those s and 2 s further on.
+
+    The heads that match ratios look at a line the more the more its ratio looks like the query's,
+    and only what they look at can they learn to fetch. Which ratios look alike depends on the
+    frequencies that the embedding took in the first lesson, by chance."""
+    rows = model.embedding.weight[powers(p)]                     # by logarithm, (p - 1, C)
+    rows = rows - rows.mean(0)
+    alike = [(rows * rows.roll(s, 0)).sum().item() for s in range(p)]
+    steps = [s for s in range(1, p // 2 + 1) if (p - 1) // math.gcd(s, p - 1) >= min(ROW, p - 1)]
+    return max(steps, key=lambda s: alike[s] + alike[2 * s])     # of a row's lines none comes twice
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
@@ -340,7 +354,7 @@ def batch_shape(lesson, cfg):
     k = min(lesson.examples, cfg.examples)
     return lesson.more * cfg.batch * (cfg.examples // k), k
 
-def allowed_lines(lesson, n, k, input_lines, p, rng):
+def allowed_lines(lesson, n, k, input_lines, p, rng, row_step):
     """On which lines the k examples of n sequences may lie, 0 or 1 for each line: (n, k, p + 1), or
     (n, 1, p + 1) where the examples of a sequence are drawn alike. With p = 3: [[0, 1, 0, 1]] where
     all are on line 1 or 3, [[0, 1, 0, 0], [0, 0, 1, 0]] where one is on 1, the next one on 2."""
@@ -356,11 +370,12 @@ def allowed_lines(lesson, n, k, input_lines, p, rng):
         line = torch.rand(n, p + 1, **rng).argsort(1)[:, :k]
     else:                                                        # a row, by logarithms
         first = torch.randint(p - 1, (n, 1), **rng)
-        line = powers(p).to(first.device)[(first + torch.arange(k, device=first.device)) % (p - 1)]
+        log = first + row_step * torch.arange(k, device=first.device)                # (n, k)
+        line = powers(p).to(first.device)[log % (p - 1)]
     # Where none of a line's inputs is trained on, one of another line will do.
     return F.one_hot(line, p + 1).float().clamp(min=1e-6)
 
-def training_batch(split, input_lines, lesson, cfg, generator):
+def training_batch(split, input_lines, lesson, cfg, generator, row_step=1):
     """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once;
     inputs are drawn evenly, with replacement, from those to train on that are on allowed lines.
     input_lines (n,) is line_of(split["train_inputs"])."""
@@ -370,7 +385,7 @@ def training_batch(split, input_lines, lesson, cfg, generator):
     rounds = math.ceil(B / len(tasks))                           # so often does each task come
     order = torch.cat([torch.randperm(len(tasks), **rng) for _ in range(rounds)])[:B]
     n = rounds if cfg.shared_inputs else B                       # so many choices of inputs
-    allowed = allowed_lines(lesson, n, k, input_lines, cfg.p, rng)
+    allowed = allowed_lines(lesson, n, k, input_lines, cfg.p, rng, row_step)
     weights = allowed[:, :, input_lines].flatten(0, 1)           # of each input: (n or n k, inputs)
     draws = k // allowed.size(1)                                 # k or 1
     chosen = torch.multinomial(weights, draws, replacement=True, generator=generator).view(n, k)
@@ -567,7 +582,7 @@ def train(run, cfg):
         while not is_over(run, cfg):
             lesson = current_lesson(run, cfg)
             today = todays_lesson(lesson, run.step)              # it may be a review
-            batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
+            batch = training_batch(split, input_lines, today, cfg, run.generator, run.row_step)
             places = places_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
             with run.autocast:
                 loss, logits = training_loss(model, batch, places, today.score_y)
@@ -582,6 +597,8 @@ def train(run, cfg):
                            and is_learned(lesson, batch, logits, cfg.p))
             if learned:
                 run.learned.append(run.step)
+                if lesson.order == "any":             # not once rows have begun
+                    run.row_step = nearest_row(run.model, cfg.p)
             if learned or is_over(run, cfg) or run.step % cfg.eval_every == 0:
                 evaluate_and_save(run, cfg, sets, loss.item(), lesson.name + ", learned" * learned)
 
@@ -608,7 +625,7 @@ def mixed_precision(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16" or (
         cfg.amp == "auto" and has))
 
-STATE = ("split", "step", "learned", "history")       # of a run, beside weights and moments
+STATE = ("split", "step", "learned", "row_step", "history")  # of a run, beside weights, moments
 
 def new_model(cfg):
     """A GPT with the seed's initial weights; the process's own random numbers stay as they are."""
@@ -621,7 +638,8 @@ def make_run(cfg, checkpoint=None):
     device = pick_device(cfg.device)
     run = SimpleNamespace(
         split=make_split(cfg), device=device, model=new_model(cfg).to(device),
-        generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[], learned=[])
+        generator=torch.Generator(device).manual_seed(cfg.seed), step=0, learned=[], row_step=1,
+        history=[])
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast = mixed_precision(cfg, device)
     if checkpoint:
