@@ -337,9 +337,8 @@ def nearest_row(model, p):
     The heads that match ratios look at a line the more the more its ratio looks like the query's,
     and only what they look at can they learn to fetch. Which ratios look alike depends on the
     frequencies that the embedding took in the first lesson, by chance."""
-    rows = model.embedding.weight[powers(p)]                     # by logarithm, (p - 1, C)
-    rows = rows - rows.mean(0)
-    alike = [(rows * rows.roll(s, 0)).sum().item() for s in range(p)]
+    embedded = model.embedding.weight[powers(p)]                 # by logarithm, (p - 1, C)
+    alike = [(embedded * embedded.roll(s, 0)).sum().item() for s in range(p)]
     steps = [s for s in range(1, p // 2 + 1) if (p - 1) // math.gcd(s, p - 1) >= min(ROW, p - 1)]
     return max(steps, key=lambda s: alike[s] + alike[2 * s])     # of a row's lines none comes twice
 
