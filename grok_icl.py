@@ -339,8 +339,9 @@ def nearest_row(model, p):
     frequencies that the embedding took in the first lesson, by chance."""
     embedded = model.embedding.weight[powers(p)]                 # by logarithm, (p - 1, C)
     alike = [(embedded * embedded.roll(s, 0)).sum().item() for s in range(p)]
+    # (p - 1) / gcd is the number of steps after which a row's lines come again.
     steps = [s for s in range(1, p // 2 + 1) if (p - 1) // math.gcd(s, p - 1) >= min(ROW, p - 1)]
-    return max(steps, key=lambda s: alike[s] + alike[2 * s])     # of a row's lines none comes twice
+    return max(steps, key=lambda s: alike[s] + alike[2 * s])
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
