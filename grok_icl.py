@@ -50,14 +50,14 @@ class Config:
     examples: int = option(32, 32, "examples in a sequence, three tokens each", (2, 512))
     # the transformer
     depth: int = option(2, 2, "transformer blocks; the paper has 2, 4 and 6", (1, 100))
-    heads: int = option(4, 4, "attention heads a block, best up to 32 wide", (1, 256))
+    heads: int = option(4, 4, "attention heads a block, each best up to 32 wide", (1, 256))
     embd: int = option(128, 512, "width of the residual stream; the MLP is 4 times it", (2, 16384))
     init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
-    lessons: str = option("auto", "none", "lessons(); auto: pairs from three blocks on, else lines",
+    lessons: str = option("auto", "none", "auto: pairs from three blocks on, else lines",
                           choices=["auto", "pairs", "lines", "none"])
-    shared_inputs: bool = option(False, True, "all tasks of a batch see the same inputs")
-    optimizer: str = option("muon", "adamw", "of the blocks' matrices", choices=["muon", "adamw"])
+    shared_inputs: bool = option(False, True, "all tasks see the same inputs in a step")
+    optimizer: str = option("muon", "adamw", "for the blocks' matrices", choices=["muon", "adamw"])
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
     embd_lr: float = option(0.001, 1.5e-4, "that of embedding and LayerNorm", (1e-12, 1e3))
     lr_end: float = option(0.02, 0.1, "share of the peak rates that is left at the end", (0, 1))
@@ -71,7 +71,7 @@ class Config:
     patience: int = option(0, 0, "evaluations without a best to stop after; 0: never", (0, 10**9))
     snapshots: bool = option(False, False, "keep the weights of each evaluation, step100.pt, ...")
     device: str = option("auto", "auto", "cpu, cuda, mps, ...; auto: cuda if there is one")
-    amp: str = option("auto", "auto", "autocast", choices=["auto", "bf16", "off"])
+    amp: str = option("auto", "auto", "autocast to bfloat16", choices=["auto", "bf16", "off"])
     compile: bool = option(False, False, "torch.compile: pays on a GPU, from 20,000 steps on")
     out: str = option("", "", "folder of the run; by default out/ and the flags")
     resume: bool = option(False, False, "continue the run in --out")
@@ -91,11 +91,12 @@ ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 
 ADAM_BETAS = (0.9, 0.98)
 LESSON_STEPS = 2000           # that a lesson may take, else the run ends
 ROW = 8                       # examples in a row, on as many lines; fewer if p is small
-LOOK_EVERY = 10               # steps between looks at whether a lesson is learned; an even number
+LOOK_EVERY = 10               # steps between looks at whether a lesson is learned; even, as every
+#                               other step may be a review
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 2048       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
-LEFT_CHANCE = 0.2             # early stopping waits until the accuracy is this far above 1/p
+LEFT_CHANCE = 0.2             # best.pt is the newest until the accuracy is this far above 1/p
 
 # ---------------------------------------------------------------- 2. Data: tasks, inputs, the split
 def grid(p):
@@ -125,7 +126,7 @@ def line_of(inputs, p):
 def powers(p):
     """The nonzero residues by discrete logarithm, base**0, base**1, ...: (p - 1,). The base is the
     least whose powers are all of them, and at p = 29 the paper's, 27."""
-    for base in [27] if p == 29 else range(2, p):
+    for base in ([27] if p == 29 else range(2, p)):
         row = [pow(base, n, p) for n in range(p - 1)]
         if len(set(row)) == p - 1:
             return torch.tensor(row)
@@ -137,7 +138,9 @@ def choose_rectangles(p, n, generator, tries=100):
     component with another one: the two can vary apart. Raises BadInput where none is left."""
     free, tasks = torch.ones(p, p, dtype=torch.bool), []
     for a, b in grid(p)[torch.randperm(p * p, generator=generator)].tolist():
-        if not free[a, b] or len(tasks) == n:
+        if len(tasks) == n:
+            break
+        if not free[a, b]:
             continue
         free[a, b] = False                            # so that a' is not a, and b' not b
         # all (a', b') with the corners (a', b), (a, b') and (a', b') free: (n, 2)
@@ -156,7 +159,7 @@ def make_split(cfg):
     """Who is trained on, and who only tested: a dict of (n, 2) tensors of residues.
 
     "id" are the pre-training tasks. The others are out of distribution, in two halves (the paper
-    has one): early stopping looks at "val_ood", the closing report alone at "test_ood". All tasks
+    has one): best.pt is chosen on "val_ood", the closing report alone has "test_ood". All tasks
     share the inputs. With more tasks the same seed has the same inputs, and the tasks it had."""
     generator, p = torch.Generator().manual_seed(cfg.seed), cfg.p
     inputs, others = (grid(p)[torch.randperm(p * p, generator=generator)] for _ in range(2))
@@ -283,9 +286,15 @@ class GPT(nn.Module):
 # Ratio Matching takes two skills, to divide and to find the example on the query's line. Neither
 # earns anything without the other. Where all examples are on one line any of them will do, so the
 # lessons of lines begin there. Modular Regression is the same trap again: one example off the
-# query's line earns nothing until a second is found and the right sum of the two is known. So the
+# query's line earns nothing until a second is found, and how to weigh the two is known. So the
 # lessons of pairs begin with a row: examples on lines with the ratios r, rh, rh^2, ..., h being one
-# fixed residue. There z/x is one fixed sum of the z/x of the preceding two.
+# fixed residue. There t = z/x = a + b y/x obeys t[i] = (1 + h) t[i - 1] - h t[i - 2]. In order:
+#
+#     1, 2, 4, ... lines   divide; then find the example on the query's line
+#     row                  combine the two preceding examples
+#     row with gaps        the same without relying on their distance
+#     each line once       find the two anywhere
+#     free                 the paper's training
 
 @dataclass
 class Lesson:
@@ -311,7 +320,7 @@ def lessons(cfg):
     free = Lesson("free", p + 1, cfg.examples)                   # the paper's training
     if kind == "none":
         return [free]
-    more = 1 if kind == "pairs" else 2
+    more = 1 if kind == "pairs" else 2                           # two blocks are slow with fewer
     lines = [
         Lesson("1 line", 1, 8, more=more, gaps=True, score_y=True),
         Lesson("2 lines", 2, 8, more=more, gaps=True),
@@ -319,24 +328,23 @@ def lessons(cfg):
           for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
     if kind == "lines":
         return [*lines, free]
-    # First the sum of two, then not to rely on their distance, then to find them anywhere. What was
-    # learned before would be forgotten without reviews, and the axes would hardly be learned: 0 has
-    # no logarithm, so that the model divides by y, say, and fails where y = 0.
+    # Without reviews, what was learned before would be forgotten. The axes would hardly be learned:
+    # 0 has no logarithm, so that a model which divides by y, say, fails where y = 0.
     few = min(ROW, p - 1)
     row = Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, rate=0.8, reviews=(free,))
     gaps = replace(row, name="row with gaps", gaps=True)
     axis = Lesson("axis", 1, 8, "axis")
-    once = Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, enough=0.35, rate=0.4,
-                  reviews=(free, gaps, axis))
+    once = Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, rate=0.4,
+                  enough=0.35, reviews=(free, gaps, axis))       # free sequences teach the rest
     return [*lines, row, gaps, once, replace(free, rate=0.4, reviews=(once, axis))]
 
 def nearest_row(model, p):
-    """How many steps of the logarithm the lines of a row should be apart, for this model: s, where
-    a residue's embedding is most like those s and 2 s further on.
+    """The step s of a row's lines by logarithm (h = base**s) at which a residue's embedding is most
+    like those s and 2 s further on.
 
-    The heads that match ratios look at a line the more the more its ratio looks like the query's,
-    and only what they look at can they learn to fetch. Which ratios look alike depends on the
-    frequencies that the embedding took in the first lesson, by chance."""
+    Heads that match ratios look most at ratios that look like the query's, and can learn to fetch
+    only what they look at. Which ratios look alike is settled in the first lesson, by chance: by
+    the frequencies that the embedding takes."""
     embedded = model.embedding.weight[powers(p)]                 # by logarithm, (p - 1, C)
     alike = [(embedded * embedded.roll(s, 0)).sum().item() for s in range(p)]
     # (p - 1) / gcd is the number of steps after which a row's lines come again.
@@ -355,9 +363,9 @@ def batch_shape(lesson, cfg):
     return lesson.more * cfg.batch * (cfg.examples // k), k
 
 def allowed_lines(lesson, n, k, input_lines, p, rng, row_step):
-    """On which lines the k examples of n sequences may lie, 0 or 1 for each line: (n, k, p + 1), or
-    (n, 1, p + 1) where the examples of a sequence are drawn alike. With p = 3: [[0, 1, 0, 1]] where
-    all are on line 1 or 3, [[0, 1, 0, 0], [0, 0, 1, 0]] where one is on 1, the next one on 2."""
+    """Which lines each example of n sequences may lie on, 0 or 1: (n, k, p + 1), or (n, 1, p + 1)
+    if it is the same for all k. For one sequence and p = 3, [[0, 1, 0, 1]] is line 1 or 3 for all,
+    and [[0, 1, 0, 0], [0, 0, 1, 0]] is line 1 for the first example, 2 for the second."""
     if lesson.order == "any":
         if lesson.lines > p:
             return torch.ones(n, 1, p + 1, device=input_lines.device)
@@ -378,18 +386,18 @@ def allowed_lines(lesson, n, k, input_lines, p, rng, row_step):
 def training_batch(split, input_lines, lesson, cfg, generator, row_step=1):
     """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once;
     inputs are drawn evenly, with replacement, from those to train on that are on allowed lines.
-    input_lines (n,) is line_of(split["train_inputs"])."""
+    input_lines (inputs,) is line_of(split["train_inputs"])."""
     tasks, inputs = split["id"], split["train_inputs"]
     rng = dict(generator=generator, device=input_lines.device)
     B, k = batch_shape(lesson, cfg)
-    rounds = math.ceil(B / len(tasks))                           # so often does each task come
+    rounds = math.ceil(B / len(tasks))                           # times through the tasks
     order = torch.cat([torch.randperm(len(tasks), **rng) for _ in range(rounds)])[:B]
-    n = rounds if cfg.shared_inputs else B                       # so many choices of inputs
+    n = rounds if cfg.shared_inputs else B                       # sets of inputs to draw
     allowed = allowed_lines(lesson, n, k, input_lines, cfg.p, rng, row_step)
     weights = allowed[:, :, input_lines].flatten(0, 1)           # of each input: (n or n k, inputs)
     draws = k // allowed.size(1)                                 # k or 1
     chosen = torch.multinomial(weights, draws, replacement=True, generator=generator).view(n, k)
-    if cfg.shared_inputs:                                        # of all tasks in a round
+    if cfg.shared_inputs:                                        # one set each time through
         chosen = chosen.repeat_interleave(len(tasks), 0)[:B]
     return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
 
@@ -419,9 +427,9 @@ def training_loss(model, batch, places=None, score_y=False):
 
 def is_learned(lesson, batch, logits, p):
     """Whether the logits (B, k, p) get enough of the z in a batch (B, 3k) of this lesson right."""
-    tell = solvable(batch, p)[lesson.skill]
-    right = tell & (logits.argmax(-1) == batch[:, 2::3])
-    return bool(right.sum() > lesson.enough * tell.sum())
+    solved = solvable(batch, p)[lesson.skill]
+    right = solved & (logits.argmax(-1) == batch[:, 2::3])
+    return bool(right.sum() > lesson.enough * solved.sum())
 
 # ------------------------------------------------------------------------------------ 6. Evaluation
 def eval_sequences(split, ood, n, k, p, seed):
@@ -672,8 +680,8 @@ def save(run, cfg, name):
     write_file(os.path.join(cfg.out, name), buffer.getbuffer())
 
 def load_checkpoint(path, device="cpu"):
-    """(dict, Config, GPT on device) of this program's checkpoint at path, for evaluation. Settings
-    that it doesn't have, or that are no longer there, are about training. Else BadInput."""
+    """(dict, Config, GPT on device) of this program's checkpoint at path; else BadInput. Settings
+    that are no more are dropped, new ones have their defaults: a model needs neither."""
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such file")
     with refusing(f"{path}: damaged, or of another version of the code"):
@@ -681,7 +689,6 @@ def load_checkpoint(path, device="cpu"):
         known = {k: v for k, v in checkpoint["config"].items() if k in NAMES}
         model = new_model(cfg := Config(**known))
         model.load_state_dict(checkpoint["model"])
-        checkpoint["split"], checkpoint["step"], checkpoint["history"]       # KeyError without
     return checkpoint, cfg, model.to(device)
 
 def flag(name):
@@ -754,8 +761,6 @@ def check_settings(cfg):
          f"between 0 and 1 and leave at least 2 of the {p * p} inputs on either side")
     need(cfg.embd % (2 * cfg.heads) == 0, "heads",
          f"a divisor of half of --embd {cfg.embd}: each head's width is even, for the rotation")
-    need(cfg.optimizer != "muon" or hasattr(torch.optim, "Muon"), "optimizer",
-         f"adamw with torch {torch.__version__}; Muon came with 2.9")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")
     need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
          "auto, lines or none with --p 3 or --examples 2: a pair needs a third line")

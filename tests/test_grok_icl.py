@@ -986,14 +986,6 @@ def test_one_command_starts_a_run_and_goes_on_with_it(tmp_path, monkeypatch):
     assert steps == ["4", "8", "12"]
 
 
-def test_a_torch_without_muon_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.delattr(torch.optim, "Muon")
-    flags = [*TINY_FLAGS, "--out", str(tmp_path / "run")]
-    assert g.main(flags) == 2 and not list(tmp_path.iterdir())
-    assert "--optimizer muon: must be adamw" in capsys.readouterr().err
-    assert g.main([*flags, "--optimizer", "adamw"]) is None
-
-
 def test_sequences_may_be_longer_than_those_trained_on():
     model, _ = model_and_tokens(examples=5)
     assert model(random_tokens(7, 40, 2)[:, :-1]).shape == (2, 40, 7)
