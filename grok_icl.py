@@ -90,7 +90,6 @@ MLP_RATIO = 4                 # MLP width / residual width
 ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
 ADAM_BETAS = (0.9, 0.98)
 LESSON_STEPS = 2000           # that a lesson may take, else the run ends
-ROW = 8                       # examples in a row, on as many lines; fewer if p is small
 LOOK_EVERY = 10               # steps between looks at whether a lesson is learned; even, as every
 #                               other step may be a review
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
@@ -287,8 +286,8 @@ class GPT(nn.Module):
 # earns anything without the other. Where all examples are on one line any of them will do, so the
 # lessons of lines begin there. Modular Regression is the same trap again: one example off the
 # query's line earns nothing until a second is found, and how to weigh the two is known. So the
-# lessons of pairs begin with a row: examples on lines with the ratios r, rh, rh^2, ..., h being one
-# fixed residue. There t = z/x = a + b y/x obeys t[i] = (1 + h) t[i - 1] - h t[i - 2]. In order:
+# lessons of pairs begin with a row: examples on lines with the ratios r, rh, rh^2, ..., h being the
+# base of powers(). There t = z/x = a + b y/x obeys t[i] = (1 + h) t[i - 1] - h t[i - 2]. In order:
 #
 #     1, 2, 4, ... lines   divide; then find the example on the query's line
 #     row                  combine the two preceding examples
@@ -330,26 +329,13 @@ def lessons(cfg):
         return [*lines, free]
     # Without reviews, what was learned before would be forgotten. The axes would hardly be learned:
     # 0 has no logarithm, so that a model which divides by y, say, fails where y = 0.
-    few = min(ROW, p - 1)
+    few = min(8, p - 1)
     row = Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, rate=0.8, reviews=(free,))
     gaps = replace(row, name="row with gaps", gaps=True)
     axis = Lesson("axis", 1, 8, "axis")
     once = Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, rate=0.4,
                   enough=0.35, reviews=(free, gaps, axis))       # free sequences teach the rest
     return [*lines, row, gaps, once, replace(free, rate=0.4, reviews=(once, axis))]
-
-def nearest_row(model, p):
-    """The step s of a row's lines by logarithm (h = base**s) at which a residue's embedding is most
-    like those s and 2 s further on.
-
-    Heads that match ratios look most at ratios that look like the query's, and can learn to fetch
-    only what they look at. Which ratios look alike is settled in the first lesson, by chance: by
-    the frequencies that the embedding takes."""
-    embedded = model.embedding.weight[powers(p)]                 # by logarithm, (p - 1, C)
-    alike = [(embedded * embedded.roll(s, 0)).sum().item() for s in range(p)]
-    # (p - 1) / gcd is the number of steps after which a row's lines come again.
-    steps = [s for s in range(1, p // 2 + 1) if (p - 1) // math.gcd(s, p - 1) >= min(ROW, p - 1)]
-    return max(steps, key=lambda s: alike[s] + alike[2 * s])
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
@@ -362,7 +348,7 @@ def batch_shape(lesson, cfg):
     k = min(lesson.examples, cfg.examples)
     return lesson.more * cfg.batch * (cfg.examples // k), k
 
-def allowed_lines(lesson, n, k, input_lines, p, rng, row_step):
+def allowed_lines(lesson, n, k, input_lines, p, rng):
     """Which lines each example of n sequences may lie on, 0 or 1: (n, k, p + 1), or (n, 1, p + 1)
     if it is the same for all k. For one sequence and p = 3, [[0, 1, 0, 1]] is line 1 or 3 for all,
     and [[0, 1, 0, 0], [0, 0, 1, 0]] is line 1 for the first example, 2 for the second."""
@@ -378,12 +364,12 @@ def allowed_lines(lesson, n, k, input_lines, p, rng, row_step):
         line = torch.rand(n, p + 1, **rng).argsort(1)[:, :k]
     else:                                                        # a row, by logarithms
         first = torch.randint(p - 1, (n, 1), **rng)
-        log = first + row_step * torch.arange(k, device=first.device)                # (n, k)
+        log = first + torch.arange(k, device=first.device)                           # (n, k)
         line = powers(p).to(first.device)[log % (p - 1)]
     # Where none of a line's inputs is trained on, one of another line will do.
     return F.one_hot(line, p + 1).float().clamp(min=1e-6)
 
-def training_batch(split, input_lines, lesson, cfg, generator, row_step=1):
+def training_batch(split, input_lines, lesson, cfg, generator):
     """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once;
     inputs are drawn evenly, with replacement, from those to train on that are on allowed lines.
     input_lines (inputs,) is line_of(split["train_inputs"])."""
@@ -393,7 +379,7 @@ def training_batch(split, input_lines, lesson, cfg, generator, row_step=1):
     rounds = math.ceil(B / len(tasks))                           # times through the tasks
     order = torch.cat([torch.randperm(len(tasks), **rng) for _ in range(rounds)])[:B]
     n = rounds if cfg.shared_inputs else B                       # sets of inputs to draw
-    allowed = allowed_lines(lesson, n, k, input_lines, cfg.p, rng, row_step)
+    allowed = allowed_lines(lesson, n, k, input_lines, cfg.p, rng)
     weights = allowed[:, :, input_lines].flatten(0, 1)           # of each input: (n or n k, inputs)
     draws = k // allowed.size(1)                                 # k or 1
     chosen = torch.multinomial(weights, draws, replacement=True, generator=generator).view(n, k)
@@ -590,7 +576,7 @@ def train(run, cfg):
         while not is_over(run, cfg):
             lesson = current_lesson(run, cfg)
             today = todays_lesson(lesson, run.step)              # it may be a review
-            batch = training_batch(split, input_lines, today, cfg, run.generator, run.row_step)
+            batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
             places = places_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
             with run.autocast:
                 loss, logits = training_loss(model, batch, places, today.score_y)
@@ -605,8 +591,6 @@ def train(run, cfg):
                            and is_learned(lesson, batch, logits, cfg.p))
             if learned:
                 run.learned.append(run.step)
-                if lesson.order == "any":             # not once rows have begun
-                    run.row_step = nearest_row(run.model, cfg.p)
             if learned or is_over(run, cfg) or run.step % cfg.eval_every == 0:
                 evaluate_and_save(run, cfg, sets, loss.item(), lesson.name + ", learned" * learned)
 
@@ -633,7 +617,7 @@ def mixed_precision(cfg, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=cfg.amp == "bf16" or (
         cfg.amp == "auto" and has))
 
-STATE = ("split", "step", "learned", "row_step", "history")  # of a run, beside weights, moments
+STATE = ("split", "step", "learned", "history")       # of a run, beside weights and moments
 
 def new_model(cfg):
     """A GPT with the seed's initial weights; the process's own random numbers stay as they are."""
@@ -646,8 +630,7 @@ def make_run(cfg, checkpoint=None):
     device = pick_device(cfg.device)
     run = SimpleNamespace(
         split=make_split(cfg), device=device, model=new_model(cfg).to(device),
-        generator=torch.Generator(device).manual_seed(cfg.seed), step=0, learned=[], row_step=1,
-        history=[])
+        generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[], learned=[])
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast = mixed_precision(cfg, device)
     if checkpoint:

@@ -228,45 +228,16 @@ def slope(x, y, p):
     return next((r for r in range(p) if (r * x - y) % p == 0), None) if x else None
 
 
-@pytest.mark.parametrize("step", [1, 2, 5])
 @pytest.mark.parametrize("shared", [False, True])
-def test_in_a_row_each_line_is_the_last_ones_times_one_residue(shared, step):
+def test_in_a_row_each_line_is_the_next_power_of_one_generator(shared):
     p, cfg = 13, tiny(p=13, tasks=12, batch=60, examples=20, shared_inputs=shared)
-    split = g.make_split(cfg)
-    batch = g.training_batch(split, g.line_of(split["train_inputs"], p), lesson(cfg, "row"), cfg,
-                             torch.Generator().manual_seed(0), step)
-    sequences = batch.unflatten(1, (-1, 3))
+    split, sequences = batch_of(cfg, lesson(cfg, "row"))
     slopes = [[slope(x, y, p) for x, y, _ in s] for s in sequences.tolist()]
-    [ratio] = {b * pow(a, -1, p) % p for s in slopes for a, b in zip(s, s[1:])}
-    assert ratio == pow(2, step, p)                              # 2 is a generator mod 13
+    ratios = {b * pow(a, -1, p) % p for s in slopes for a, b in zip(s, s[1:])}
+    assert len(ratios) == 1                                      # one g, and its powers are all
+    assert len({pow(g_, e, p) for g_ in ratios for e in range(p - 1)}) == p - 1
     assert {s[0] for s in slopes} == {*range(1, p)} or shared    # it starts anywhere
     assert {*rows(sequences[..., :2].flatten(0, 1))} <= {*rows(split["train_inputs"])}
-
-
-@pytest.mark.parametrize("frequency, step", [(1, 1), (3, 5), (5, 3), (7, 7), (2, 1)])
-def test_the_nearest_row_is_that_of_a_planted_frequency(frequency, step):
-    """n = 3 ** log n mod 17 lies at the angle frequency * log n, in steps of a sixteenth: 5 steps
-    of the logarithm turn frequency 3 back by one of these only. 4 and 8 have too few lines."""
-    model = g.GPT(tiny(p=17, tasks=20))
-    model.embedding.weight.data[:] = 0
-    for k in range(16):
-        turn = 2j * math.pi * frequency * k / 16
-        model.embedding.weight.data[pow(3, k, 17), 1:3] = torch.view_as_real(
-            torch.exp(torch.tensor(turn)))
-    assert g.nearest_row(model, 17) == step
-
-
-def test_a_run_keeps_the_step_of_its_rows(tmp_path, monkeypatch):
-    """Chosen anew after each lesson of lines, the last time before the first row."""
-    seen, batch, chosen = [], g.training_batch, itertools.count(2)
-    monkeypatch.setattr(g, "training_batch",
-                        lambda *a: [seen.append((a[2].name, a[5])), batch(*a)][1])
-    monkeypatch.setattr(g, "nearest_row", lambda *a: next(chosen))
-    monkeypatch.setattr(g, "is_learned", lambda *a: True)
-    quickly(monkeypatch)
-    trained(tiny(p=7, tasks=12, examples=12, lessons="pairs", steps=8, out=str(tmp_path)))
-    assert {step for name, step in seen if "row" in name} == {4}     # after 1, 2 and 4 lines
-    assert g.load_checkpoint(tmp_path / "last.pt")[0]["row_step"] == 4
 
 
 def test_each_line_comes_once_in_any_order():
