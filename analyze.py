@@ -6,10 +6,10 @@ Look inside a model that grok_icl.py trained: which algorithm did it learn, and 
     python analyze.py out/RUN skills pca         some parts, for a run's best checkpoint
     python analyze.py out/RUN/last.pt            its last checkpoint, not its best
 
-One section for each figure of the paper, and some of our own. Each opens with four lines: the
-question; the method; what it shows if the claim is true; and if it isn't (chance, or a rival idea).
-Then one function measures and returns a dict, one prints it, one may draw it. Tasks are the *test*
-o.o.d. ones. A *null* is the same measure with the residues in random order.
+One section for each figure of the paper, and some of our own. Each opens with the question; the
+method; what it shows if the claim is true; and if it isn't (chance, or a rival idea). Then one
+function measures and returns a dict, one prints it, one may draw it. Tasks are the *test* o.o.d.
+ones. A *null* is what 95% of random orders of the residues stay below.
 """
 import argparse
 import contextlib
@@ -22,7 +22,6 @@ import os
 import sys
 import tempfile
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -40,15 +39,12 @@ FETCHED = 0.1                 # attention to an example that counts as fetching 
 NULLS = 100                   # random orders of the residues
 KEPT = (1, 4, 16)             # pairs of characters of each function
 SKILLS = ("copy", "ratio", "regression", "undetermined")
-WHO = ("model", "ratio", "regression")
-SETS = ("id_train", "id_test", "test_ood_train", "test_ood_test")
 
 # -------------------- Probes: contexts, all queries after one, what modules read, and changes of it
 
-def contexts(lab, whose, n, examples):
-    """n contexts: tasks (n, 2), "id", "val_ood" or "test_ood" in turn, and inputs (n, examples, 2)
-    of all p*p."""
-    tasks, generator = lab.split[whose], torch.Generator().manual_seed(SEED)
+def contexts(lab, n, examples, seed=SEED):
+    """n contexts: o.o.d. test tasks (n, 2) in turn, and inputs (n, examples, 2) of all p*p."""
+    tasks, generator = lab.split["test_ood"], torch.Generator().manual_seed(seed)
     draw = torch.randint(lab.p ** 2, (n, examples), generator=generator)
     return tasks[torch.arange(n) % len(tasks)], g.grid(lab.p)[draw]
 
@@ -104,7 +100,7 @@ def observe(lab):
     C coordinates as the authors do it. In the last block only y matters, so it is alone there."""
     if lab.observed is None:
         at_y, added, runs = {}, {}, []
-        for context in zip(*contexts(lab, "test_ood", CONTEXTS, lab.k - 1)):
+        for context in zip(*contexts(lab, CONTEXTS, lab.k - 1)):
             tokens = query_grid(*context, lab.p)
             runs.append(record(sites(lab.model), lambda: answers(lab, tokens), slice(-3, None)))
         for site, module in sites(lab.model).items():
@@ -112,28 +108,26 @@ def observe(lab):
             at_y[site] = seen[:, :, :, 1].movedim(-1, 1).contiguous()
             if site.startswith("neurons"):
                 continue
-            by_head = (lab.cfg.heads, -1)
-            weight = module.weight.detach().cpu().unflatten(1, by_head)              # (C, H, D)
-            for h, (w, head) in enumerate(zip(weight.unbind(1), seen.unflatten(-1, by_head)
-                                              .unbind(-2))):
-                out = F.layer_norm(head @ w.T, (lab.cfg.embd,))                 # (n, p, p, 3, C)
-                block = int(site.split()[1])
+            weight, block = module.weight.detach().cpu(), int(site.split()[1])       # (C, H*D)
+            for h, part in enumerate(torch.arange(lab.cfg.embd).chunk(lab.cfg.heads)):       # (D,)
+                out = seen[..., part] @ weight[:, part].T                       # (n, p, p, 3, C)
+                out = F.layer_norm(out, (lab.cfg.embd,))
                 for token, values in zip("xyz", out.unbind(3)):
                     if token == "y" or block < lab.cfg.depth - 1:
                         added[f"{block}.{h}", token] = values
         lab.observed = at_y, added
     return lab.observed
 
-def orders(group, p, n):
-    """The residues in a group's order, for x and for y, then n times at random: (n + 1, 2, m)."""
-    true = g.powers(p) if group == "multiplicative" else torch.arange(p)     # by log, without 0
+def orders(p, n):
+    """The residues by logarithm, for x and for y, then n times at random: (n + 1, 2, p - 1)."""
+    true = g.powers(p)
     draw = torch.rand(n, 2, len(true), generator=torch.Generator().manual_seed(SEED))
     return torch.cat((true.expand(1, 2, -1), true[draw.argsort(-1)]))
 
-def against_null(measure, group, p, names, columns):
+def against_null(measure, p, names, columns):
     """{name: {column: value, column + " null": 95% of random orders}} of measure(order_x, order_y),
     (names, columns). A last row is the best of all; its null, too, is that of the best of all."""
-    scores = torch.stack([measure(*o) for o in bar(orders(group, p, NULLS), "null")]).double()
+    scores = torch.stack([measure(*o) for o in bar(orders(p, NULLS), "null")]).double()
     scores = torch.cat((scores, scores.amax(1, keepdim=True)), dim=1)   # (orders, names, columns)
     true, null = scores[0], scores[1:].quantile(0.95, dim=0)
     rows = torch.stack((true, null), -1).flatten(1).tolist()
@@ -155,26 +149,7 @@ def table(title, rows, note="", scale=100, digits=1):
     for row in cells:
         print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
 
-# ------------------------------------------------------------------ Accuracy over shots (figure 1c)
-# Question: how good is the model after so many examples, on what it was trained on and on the rest?
-# Method:   accuracy on {i.d., o.o.d. tasks} x {train, test inputs}, beside two exact algorithms.
-# If it matches ratios: it follows "ratio" on all four sets.
-# If it knows its tasks by heart: above "ratio" on i.d. tasks, near chance on others.
-def measure_shots(lab):
-    """{"set, who": accuracy over all and novel queries, (2, k)} on each of the four sets."""
-    sets, found = g.eval_sequences(lab.split, "test_ood", 16 * SEQUENCES, lab.k, lab.p, SEED), {}
-    for name, tokens in sets.items():
-        said = torch.cat([answers(lab, t, everywhere=False) for t in tokens.split(g.CHUNK)])
-        curves = g.accuracy(said == tokens[:, 2::3], tokens), *g.oracle_accuracy(tokens, lab.p)
-        found |= {f"{name}, {who}": curve for who, curve in zip(WHO, curves)}
-    return found
-
-def show_shots(lab, found):
-    table(f"Accuracy on novel queries after {lab.k - 1} shots, in %",
-          {name: {who: found[f"{name}, {who}"][1, -1].item() for who in WHO} for name in SETS},
-          f"a model that matches ratios is near ratio on all sets; chance {100 / lab.p:.1f}")
-
-# -------------------------------------------------------------------------------- Skills (figure 5)
+# --------------------------------------------------------------- Skills over shots (figures 1c, 5)
 # Question: which queries does it answer?
 # Method:   after some contexts ask all p*p queries; sort them by the least skill that answers them.
 # If it matches ratios: "copy" and "ratio" near 100%, "regression" near chance, 1/p.
@@ -189,7 +164,7 @@ def measure_skills(lab):
     """All p*p queries after contexts of o.o.d. tasks: "accuracy" (shots, 4), by skill; "right" and
     "skill" (shots, p, p), after the first context."""
     p, shots = lab.p, [s for s in SHOTS if s < lab.k - 1] + [lab.k - 1]
-    tasks, inputs = contexts(lab, "test_ood", 2 * CONTEXTS, lab.k - 1)
+    tasks, inputs = contexts(lab, 2 * CONTEXTS, lab.k - 1)
     found = {"accuracy": [], "right": [], "skill": []}
     for s in bar(shots, "skills"):
         tokens = torch.stack([query_grid(*c, p) for c in zip(tasks, inputs[:, :s])])
@@ -247,7 +222,7 @@ def attention_to_line(weights, tokens, p):
 
 def measure_attention(lab):
     """Of each head: "line", attention_to_line; "maps" (L, H, 15, 15) of the first 15 tokens."""
-    tokens = g.to_tokens(*contexts(lab, "test_ood", SEQUENCES, lab.k), lab.p)
+    tokens = g.to_tokens(*contexts(lab, SEQUENCES, lab.k), lab.p)
     scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
                     lambda: answers(lab, tokens))                                    # (B, H, T, T)
     weights = [s.softmax(-1) for s in scores.values()]
@@ -271,15 +246,16 @@ def draw_attention(subplots, lab, found):
 
 # -------------------------------------------------------- PCA of heads: circles (figures 1d, 1e, 6)
 # Question: are the inputs laid out in circles of logarithms?
-# Method:   PCA of each head's outputs at two tokens, over all inputs; how much of its plane is one.
+# Method:   PCA of each head's outputs at two tokens, over all inputs; which share of the plane's
+#           variance is one circle.
 # If so:    near 100%; for a circle of circles (one for x, on it one for y) "two circles" is.
 # If not:   about the null, the best circle for a random order of the residues.
 #
 # How a circle is measured. Read a point of the plane as a complex number c(x, y). If it goes around
 # as log x grows, c = exp(2 pi i k log x / m): one *character* of the group of the m = p - 1 nonzero
 # residues. If it runs to and fro on a line instead, c is a cosine, half that character and half its
-# conjugate, of frequency -k. So a circle is what a character has more power than its conjugate. A
-# small circle in y around each point of a large one in x is a sum of two characters.
+# conjugate, of frequency -k. So a circle's size is the power of its character less that of the
+# conjugate. A small circle in y around each point of a large one in x is a sum of two characters.
 def plane_of(points):
     """Points (..., n, d) -> their first two principal components as complex numbers (..., n)."""
     points = points.double() - points.double().mean(-2, keepdim=True)
@@ -328,7 +304,7 @@ def measure_pca(lab):
     "clearest": that with the largest circle, and that with the largest circle on a circle."""
     heads = head_planes(lab)
     planes = torch.stack(list(heads.values()))                                       # (N, n, p, p)
-    rows = against_null(lambda x, y: circles(planes, x, y).mean(1), "multiplicative", lab.p, heads,
+    rows = against_null(lambda x, y: circles(planes, x, y).mean(1), lab.p, heads,
                         ("circle", "two circles"))
     clearest = [max(heads, key=lambda name: rows[name]["circle"]),
                 max(heads, key=lambda name: rows[name]["two circles"] - rows[name]["circle"])]
@@ -339,12 +315,12 @@ def show_pca(lab, found):
     table("PCA of heads' outputs: share of the plane, in %, that is a circle by logarithm",
           found["heads"], f"if there is one: far above its null, 95% of {NULLS} random orders")
 
-def scatter(ax, plane, residue, p, like):
-    """Points (n,), coloured by log residue * the frequency of the circle `like`; 0 is black."""
+def scatter(ax, plane, residue, p):
+    """Points (n,), coloured by log residue times the frequency of the plane's circle; 0: black."""
     at, zero = torch.view_as_real(plane), residue == 0
     ax.scatter(*at[zero].T, c="black", s=8)
     logs, wave = g.powers(p).argsort()[residue[~zero] - 1], torch.zeros(p - 1, dtype=plane.dtype)
-    k = torch.fft.fft(wave.index_add(0, logs, like[~zero]))[1:].abs().argmax() + 1
+    k = torch.fft.fft(wave.index_add(0, logs, plane[~zero]))[1:].abs().argmax() + 1
     return ax.scatter(*at[~zero].T, c=logs * k % (p - 1), cmap="hsv", s=8, vmin=0, vmax=p - 1)
 
 def draw_pca(subplots, lab, found):
@@ -354,7 +330,7 @@ def draw_pca(subplots, lab, found):
     for ax, title, points, residue in (
             (axes[0], f"head {one}; colour: x", plane.flatten(), x),
             (axes[1], f"head {two}, three x alone; colour: y", double.flatten()[few], y[few])):
-        dots = scatter(ax, points, residue, lab.p, points)
+        dots = scatter(ax, points, residue, lab.p)
         ax.set(title=title, aspect="equal", xlabel="first component", ylabel="second component")
     fig.colorbar(dots, ax=axes, label=f"log, base {g.powers(lab.p)[1]}, times frequency (black: 0)")
     return {"pca.png": fig}
@@ -389,35 +365,35 @@ def strongest(f, order, n):
     mask = mask.scatter_(1, best.indices, best.values > 0).view_as(power)
     return mask | conjugate(mask)
 
-def accuracy_with(lab, site, f, tokens, counts):
-    """Accuracy on the queries that count if the site holds f (N, p, p) at the query's y."""
-    tokens, at_y = tokens[counts], f.flatten(1).T[counts]                            # (n, N)
+def accuracy_with(lab, site, f, tokens, asked):
+    """Accuracy on the queries asked (p*p,) if the site holds f (N, p, p) at the query's y."""
+    tokens, at_y = tokens[asked], f.flatten(1).T[asked]                              # (n, N)
     said = run_with({sites(lab.model)[site]: put(at_y, -2)}, lambda: answers(lab, tokens))
     return (said[:, -1] == tokens[:, -1]).float().mean().item()
 
 def measure_fourier(lab):
     """"kept": {"site, by order": {n: accuracy_with the n strongest pairs}}; "examples" (2, p, p):
     of heads' coordinates and of neurons that which is most nearly one wave of both x and y."""
-    # Which characters are strong is seen in two contexts, and used in the last one.
-    context = [c[-1] for c in contexts(lab, "test_ood", CONTEXTS + 1, lab.k // 2)]
+    # Which characters are strong is seen in observe()'s contexts, and used in another one.
+    context = [c[-1] for c in contexts(lab, CONTEXTS + 1, lab.k // 2, SEED + 1)]
     tokens, before, kept = query_grid(*context, lab.p), observe(lab)[0], {}
-    counts = (skill_of(tokens, lab.p)[:, -1] == 1) & (g.grid(lab.p) > 0).all(1)
+    asked = (skill_of(tokens, lab.p)[:, -1] == 1) & (g.grid(lab.p) > 0).all(1)
     seen = record(sites(lab.model), lambda: answers(lab, tokens), slice(-2, -1))
-    logarithm, random = orders("multiplicative", lab.p, 1)[:, 0]
+    logarithm, random = orders(lab.p, 1)[:, 0]
     by = {"logarithm": logarithm, "residue": torch.arange(lab.p), "random order": random}
     for site, name in bar([*itertools.product(before, by)], "fourier"):
         f = seen[site][:, 0].T.unflatten(1, (lab.p, lab.p))                          # (N, p, p)
         kept[f"{site}, by {name}"] = {n: accuracy_with(lab, site, keep_characters(
-            f, by[name], strongest(before[site], by[name], n)), tokens, counts) for n in KEPT}
-        kept[f"{site}, by {name}"]["all"] = accuracy_with(lab, site, f, tokens, counts)
+            f, by[name], strongest(before[site], by[name], n)), tokens, asked) for n in KEPT}
+        kept[f"{site}, by {name}"]["all"] = accuracy_with(lab, site, f, tokens, asked)
     order, examples = g.powers(lab.p), []
     for where in ("heads", "neurons"):
         f = torch.cat([f[0] for site, f in before.items() if site.startswith(where)])  # (N, p, p)
         power = character_power(f, order, order)
-        for k in (0, len(order) // 2):                                 # no waves of both x and y
+        for k in (0, len(order) // 2):             # constant, or merely alternating, in x or y
             power[:, k] = power[:, :, k] = 0
         examples.append(f[(power.amax((1, 2)) / f.var((1, 2)).clamp(min=1e-9)).argmax()])
-    return {"kept": kept, "examples": torch.stack(examples), "queries": int(counts.sum())}
+    return {"kept": kept, "examples": torch.stack(examples), "queries": int(asked.sum())}
 
 def show_fourier(lab, found):
     table("Accuracy on ratio queries, in %, with only so many pairs of characters of each function",
@@ -427,7 +403,7 @@ def show_fourier(lab, found):
 def draw_fourier(subplots, lab, found):
     fig, axes = subplots(2, 4, figsize=(10, 5.2))
     for row, f, name in zip(axes, found["examples"], ("a head's coordinate", "an MLP neuron")):
-        for i, (order, by) in enumerate(zip(orders("multiplicative", lab.p, 1),
+        for i, (order, by) in enumerate(zip(orders(lab.p, 1),
                                             ("by logarithm", "in random order"))):
             image, spectrum = row[2 * i:2 * i + 2]
             power = torch.fft.fftshift(character_power(f, *order))       # frequency 0 in the middle
@@ -470,7 +446,7 @@ def measure_similarity(lab):
         similarity.append((v @ v.mT).mean(0))
     similarity = torch.stack(similarity)                                             # (N, p*p, p*p)
     gaps = against_null(lambda x, y: ratio_gap(similarity, apart, x, y)[:, None],
-                        "multiplicative", lab.p, names, ("gap",))
+                        lab.p, names, ("gap",))
     clearest = max(names, key=lambda name: gaps[name]["gap"])
     return {"gaps": gaps, "clearest": clearest, "image": similarity[names.index(clearest)]}
 
@@ -491,9 +467,10 @@ def draw_similarity(subplots, lab, found):
 # Question: does a model with two blocks run this program? On each example and on the query divide x
 #           by y, and on each example z by y. Fetch the z/y whose x/y is the query's. Times y. (Or
 #           the same with x and y exchanged.)
-# Method:   the last block reads the first three numbers in places of their own. Put there what it
-#           has in a *donor*, a run in which all else differs as well: task, inputs, other lines.
-#           The fourth, y at the end, is what is left if all three are put into the donor.
+# Method:   the last block reads the query's x/y by the inputs of its queries, the examples' x/y by
+#           those of its keys, their z/y by those of its values. Put there what a *donor* has, a run
+#           in which all else differs as well: task, inputs, other lines. The fourth number, y at
+#           the end, is what is left if all three are put into the donor.
 # If so:    "follows": the answer is what the program says with the donor's number, near 100%.
 #           "stays": it is as before with a donor that has the same number and differs in all else.
 # If not:   one of the two is low, down to chance.
@@ -565,7 +542,7 @@ def measure_circuit(lab):
     how many answers are right if "nothing" is exchanged."""
     (context, example), found = circuit_contexts(lab, 4 * SEQUENCES), []
     donors = circuit_donors(context, example, lab.p)
-    *placed, last = donors                        # the divisor has no place of its own: all but it
+    *placed, last = donors                        # "divisor of the query" is the last
     for divisor in "xy":
         ours, rows = circuit_tokens(context, divisor, lab.p), {}
         for number, (differs, shares, follows) in donors.items():
@@ -586,14 +563,13 @@ def show_circuit(lab, found):
 
 # ------------------------------- Votes: how deeper models combine examples (not in the paper)
 # Question: how does a deeper model answer queries whose line no example is on?
-# Method:   each example votes for answers. With an answer z it implies a task (a, b); do the
-#           log-probabilities go by whether the examples agree on one *character* of a, its log
-#           mod d? Or are there pairs of examples that are enough alone, told by their *offsets*: by
-#           how many steps of the logarithm their y/x is below the query's? Which offsets do heads
+# Method:   an example and an answer z imply a task (a, b). Regress the logits on how far the
+#           examples agree on each *character* of a, its log mod d. And ask after two examples
+#           alone, by their *offsets*: the query's log(y/x) less theirs. Which offsets do heads
 #           fetch, and what do they carry?
-# If by one character: one coefficient is far above the others. If by pairs: some are solved.
-# If by neither: no coefficient stands out, no pair is solved. But in measure_zeros no input is on
-#           an axis.
+# If by one character: one weight is far above the others. If by pairs: some are solved.
+# If by neither: no weight stands out, no pair is solved. Inputs are off the axes, except in
+#           measure_zeros.
 def at_offsets(lab, offsets, run=0):
     """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3). In
     another run each x/y is the same, but tasks are others, and so are the inputs' multipliers."""
@@ -662,7 +638,7 @@ def measure_characters(lab):
     fits = {name: regress(target, agreement(v, chi)) for name, v in values.items()}
     best, second = sorted(fits, key=lambda name: -fits[name][1])[:2]
     random = [regress(target, agreement(values[best], characters(o)))[1]
-              for o in orders("multiplicative", lab.p, 20)[1:, 0]]
+              for o in orders(lab.p, 20)[1:, 0]]
     others = torch.cat((tokens[:, :-3].roll(1, 0), tokens[:, -3:]), dim=1)
     foreign = functions_of(implied_tasks(others, lab.p), lab.p)[best]
     weights = fits[best][0].clamp(min=0)
@@ -710,12 +686,12 @@ def attention_by_offset(lab):
 def by_two_heads(fetches, pairs):
     """Whether two different heads fetch pairs (n, 2): (n,). fetches (heads, p - 1) is 0 or 1."""
     one, other = fetches[:, pairs].movedim(-1, 0)                # who fetches either: (heads, n)
-    all_choices, same_head_twice = one.sum(0) * other.sum(0), (one * other).sum(0)
-    return all_choices > same_head_twice                         # some choice has two heads
+    different = ~torch.eye(len(fetches), dtype=torch.bool)[..., None]    # (heads, heads, 1)
+    return (one[:, None] * other * different).sum((0, 1)) > 0
 
 def measure_pairs(lab):
-    """{"attention" (heads, p - 1), "pairs" (p - 1, p - 1): accuracy, "fetched": by whom,
-    "heads": {head: offsets that it fetches}}."""
+    """{"attention" (heads, p - 1), "pairs" (p - 1, p - 1): accuracy, "fetched": a table by whom,
+    "heads": {head: offsets that it fetches}, "best": {pair: accuracy}, "solved": how many}."""
     m, attention = lab.p - 1, attention_by_offset(lab)
     even = attention[:, 1:].mean(1, keepdim=True)                # what a head has for any offset
     fetches = ((attention > FETCHED) & (attention > 2 * even)).float()
@@ -764,9 +740,9 @@ def measure_zeros(lab):
         ("nothing", ~(a | b | x | y)), ("a", a), ("b", b), ("x", x), ("y", y))}
 
 def measure_exchange(lab):
-    """What a block's heads carry at the query's y, and they with its MLP: put there from another
-    run on the same x/y, the answer is "z/y", the other run's z/y times our y, or "z", the other's
-    z, or "stays". Of contexts of four examples that both runs answer right: {"heads 0": {...}}."""
+    """Replace a block's heads (then also its MLP's neurons) at the query's y by those of another
+    run on the same x/y. How often is the answer the other's z/y times our y ("z/y"), the other's z
+    ("z"), or unchanged ("stays")? Of what both runs answer right: {"heads 0": {...}, ...}."""
     ours, other = (off_line(lab, 4, 32 * SEQUENCES, run) for run in (0, 1))
     seen = record(sites(lab.model), lambda: answers(lab, other), slice(-2, -1))      # (B, 1, C)
     right = [answers(lab, tokens)[:, -1] == tokens[:, -1] for tokens in (ours, other)]
@@ -783,20 +759,11 @@ def measure_exchange(lab):
                 for name, answer in wanted.items()}
     return rows
 
-def kind_of(found):
-    """What a model compares, in words, by share, R^2 and the number of solved pairs."""
-    best, second, *_ = found["R^2"].values()
-    if found["share"] > 1 / 2 and best > 1.2 * second:
-        m, n = int(found["weights"].argmax()) + 1, 2 * len(found["weights"])
-        return f"one character of {found['function']}, of order {n // math.gcd(m, n)}"
-    return "pairs of offsets" if found["share"] < 1 / 3 and found["solved"] > 2 else "neither"
-
 def measure_votes(lab):
-    """All of these together, and the "kind" of the model."""
+    """All of these together."""
     found = measure_characters(lab) | measure_pairs(lab)
-    return found | {"kind": kind_of(found), "labels": measure_labels(lab),
-                    "exchange": measure_exchange(lab), "zeros": measure_zeros(lab),
-                    "shots": measure_rule(lab, found["function"])}
+    return found | {"labels": measure_labels(lab), "exchange": measure_exchange(lab),
+                    "zeros": measure_zeros(lab), "shots": measure_rule(lab, found["function"])}
 
 def show_votes(lab, found):
     n, pairs = lab.p - 1, [f"{pair} {100 * r:.0f}%" for pair, r in found["best"].items()]
@@ -819,7 +786,8 @@ def show_votes(lab, found):
     table("Accuracy by shots, in %: the model, and the largest |sum| of a character",
           found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}")
     table("Regression queries, by what is 0, in %", {"second half": found["zeros"]})
-    print(f"\nKind: {found['kind']} (the largest weight is {100 * found['share']:.0f}% of all)")
+    print(f"\nThe largest weight is {100 * found['share']:.0f}% of the positive ones; "
+          f"{found['solved']} pairs are solved")
 
 def draw_votes(subplots, lab, found):
     fig, (curves, bars, grid, circle) = subplots(1, 4, figsize=(12.5, 3))
@@ -898,7 +866,6 @@ def draw_lessons(subplots, lab, found):
 # ------------------------------------------------------------------------------------- Command line
 
 SECTIONS = {                  # of each part, what measures, prints and draws it
-    "shots": (measure_shots, show_shots, None),
     "skills": (measure_skills, show_skills, draw_skills),
     "attention": (measure_attention, show_attention, draw_attention),
     "pca": (measure_pca, show_pca, draw_pca),
@@ -937,15 +904,9 @@ def save(out, found):
     g.write_file(os.path.join(out, "analysis.json"), json.dumps(found, indent=1).encode())
 
 def pictures(draw, lab, found):
-    """{file name: PNG}. Their style is not the user's, and none is left behind."""
-    first = "matplotlib" not in sys.modules
-    with mock.patch.dict(os.environ):                 # restores it
-        backend = os.environ.pop("MPLBACKEND", None)  # may not be installed: an error at import
-        import matplotlib
-        from matplotlib.figure import Figure          # without pyplot, which has a global state
-    if first and backend:                             # as import would have set it for others
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend
+    """{file name: PNG}. Their style is not the user's."""
+    import matplotlib
+    from matplotlib.figure import Figure                  # without pyplot, which needs a screen
 
     def subplots(*shape, figsize, **how):
         figure = Figure(figsize)
@@ -971,8 +932,6 @@ def analyze(lab, parts, out):
             pngs = pictures(draw, lab, found[part]) if draw else {}
         except ImportError:
             pngs, no_pictures = {}, "No pictures: pip install matplotlib"
-        except Exception as e:                           # over its fonts, say, or its settings
-            pngs, no_pictures = {}, f"Not all pictures: {type(e).__name__} in matplotlib: {e}"
         for name, content in pngs.items():
             g.write_file(os.path.join(out, name), content)
         written += pngs
@@ -1002,11 +961,9 @@ def main(argv=None):
                                  "rule; lessons: --snapshots)")
         out = args.out or (args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
-        try:
+        with g.refusing(f"--out {out}: can't be written"):
             os.makedirs(out, exist_ok=True)
-            tempfile.TemporaryFile(dir=out).close()              # can it be written?
-        except OSError as e:
-            raise g.BadInput(f"--out {out}: {e}")
+            tempfile.TemporaryFile(dir=out).close()
         analyze(lab, parts, out)
         print(end="", flush=True)
     except KeyboardInterrupt:
