@@ -49,7 +49,7 @@ def solve_on_one_line(examples, query, p):
 @functools.cache
 def two_runs():
     lab = a.open_lab("assets/quick.pt", "cpu")
-    tasks, inputs = a.contexts(lab, "test_ood", 1000, lab.k)
+    tasks, inputs = a.contexts(lab, 1000, lab.k)
     ours, theirs = (g.to_tokens(t, inputs, lab.p) for t in (tasks, tasks.roll(1, 0)))
     return lab, ours, theirs, a.record(a.sites(lab.model), lambda: a.answers(lab, theirs))
 
@@ -77,7 +77,7 @@ def patched_at_z(head):
 def moves(other, factor=None):
     lab = a.open_lab("assets/p29.pt", "cpu")
     p = lab.p
-    tokens = g.to_tokens(*a.contexts(lab, "test_ood", 1000, 32), p)
+    tokens = g.to_tokens(*a.contexts(lab, 1000, 32), p)
     inputs = tokens.unflatten(1, (-1, 3))[..., :2]
     line = g.line_of(inputs, p).masked_fill((inputs == 0).all(-1), -1)
     same = (line[:, :-1] == line[:, -1:]) & (line[:, :-1] >= 0)  # (B, 31)

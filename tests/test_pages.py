@@ -4,6 +4,7 @@ parse, and the README's block of Python does what the text says.
 """
 import contextlib
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -118,6 +119,17 @@ def test_even_and_odd_as_the_page_says(monkeypatch):
         [row] = re.findall(rf"\| two blocks, `assets/{model}`.*? \| (.*) \|\n", page)
         said = re.findall(r": (\d+)% \(null (\d+)\)", printed(block.replace("p29.pt", model)))
         assert " | ".join(f"{n}%" for pair in said for n in pair) == row
+
+
+def test_the_table_of_characters_is_what_was_printed():
+    page, printed = ((ROOT / "assets" / name).read_text(encoding="utf-8")
+                     for name in ("inside.md", "p29.txt"))
+    for part, block in itertools.product(("heads", "neurons"), "01"):
+        rows = [re.search(rf"^{part} {block}, by {order} +(\S+) +(\S+) +(\S+)", printed, re.M)
+                for order in ("logarithm", "residue", "random order")]
+        cells = zip(*([f"{float(n):.0f}" for n in row.groups()] for row in rows))
+        row = " | ".join(f"{n}% ({residue}; {other})" for n, residue, other in cells)
+        assert re.search(rf"^\| {part} of block {block}.*? \| {re.escape(row)} \|$", page, re.M)
 
 
 @pytest.mark.parametrize("name", solutions.SOLUTIONS)
