@@ -6,10 +6,10 @@ Look inside a model that grok_icl.py trained: which algorithm did it learn, and 
     python analyze.py out/RUN skills pca         some parts, for a run's best checkpoint
     python analyze.py out/RUN/last.pt            its last checkpoint, not its best
 
-One section for each figure of the paper, and some of our own. Each opens with the question; the
-method; what it shows if the claim is true; and if it isn't (chance, or a rival idea). Then one
-function measures and returns a dict, one prints it, one may draw it. Tasks are the *test* o.o.d.
-ones. A *null* is what 95% of random orders of the residues stay below.
+A section for each of the paper's figures 1c to 1e, 5, 6 and 7, and some of our own. Each opens with
+the question; the method; what it shows if the claim is true; and if it isn't (chance, or a rival
+idea). Then one function measures and returns a dict, one prints it, one may draw it. Tasks are the
+*test* o.o.d. ones. A *null* is what 95% of random orders of the residues stay below.
 """
 import argparse
 import contextlib
@@ -207,8 +207,9 @@ def draw_skills(subplots, lab, found):
 # If a head does: many times even, up to the number of examples for each one on the line.
 # If it doesn't: 1.0, whatever else it looks at.
 def attention_to_line(weights, tokens, p):
-    """How many times as much as evenly heads look from a query's y at examples on its line: (H,).
-    weights (B, H, k, 3k); over novel queries with some, not all, examples on their line."""
+    """How many times as much as evenly heads look from a query's y at examples on its line, (H,),
+    and how many it is for a head that looks at no other. weights (B, H, k, 3k); over novel queries
+    with some, not all, examples on their line."""
     inputs = tokens.unflatten(1, (-1, 3))[..., :2]                                   # (B, k, 2)
     # -1, no line, for (0, 0): it is on all of them, and as an example it is of no use.
     line = g.line_of(inputs, p).masked_fill((g.features(inputs, p) == 0).all(-1), -1)    # (B, k)
@@ -216,9 +217,10 @@ def attention_to_line(weights, tokens, p):
     shots = torch.arange(line.size(1))
     counts = g.novel_queries(tokens) & (same.sum(-1) > 0) & (same.sum(-1) < shots)   # (B, k)
     weights = weights.unflatten(-1, (-1, 3)).sum(-1).tril(-1)    # to each example: (B, H, k, k)
-    even = weights.sum(-1) * (same.sum(-1) / shots.clamp(min=1))[:, None]            # (B, H, k)
-    on_line = (weights * same[:, None]).sum(-1)
-    return (on_line * counts[:, None]).sum((0, 2)) / (even * counts[:, None]).sum((0, 2))
+    share = counts * same.sum(-1) / shots.clamp(min=1)           # of the examples, (B, k)
+    even = (weights.sum(-1) * share[:, None]).sum((0, 2))                            # (H,)
+    on_line = ((weights * same[:, None]).sum(-1) * counts[:, None]).sum((0, 2))
+    return on_line / even, (counts.sum() / share.sum()).item()
 
 def measure_attention(lab):
     """Of each head: "line", attention_to_line; "maps" (L, H, 15, 15) of the first 15 tokens."""
@@ -226,13 +228,13 @@ def measure_attention(lab):
     scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
                     lambda: answers(lab, tokens))                                    # (B, H, T, T)
     weights = [s.softmax(-1) for s in scores.values()]
-    line = torch.cat([attention_to_line(w[:, :, 1::3], tokens, lab.p) for w in weights])
-    return {"line": dict(zip(lab.heads, line.tolist())),
+    line, most = zip(*(attention_to_line(w[:, :, 1::3], tokens, lab.p) for w in weights))
+    return {"line": dict(zip(lab.heads, torch.cat(line).tolist())), "all": most[0],
             "maps": torch.stack([w[:, :, :15, :15].mean(0) for w in weights])}
 
 def show_attention(lab, found):
     table("Attention from a query's y to examples on its line, as a multiple of an even spread",
-          {"head": found["line"]}, f"even: 1.0; all on one line: about {lab.p + 1}", scale=1)
+          {"head": found["line"]}, f"even: 1.0; all of it: {found['all']:.1f}", scale=1)
 
 def draw_attention(subplots, lab, found):
     L, H, T = found["maps"].shape[:3]
@@ -953,7 +955,7 @@ def main(argv=None):
         args = parser.parse_intermixed_args(argv)
         lab = open_lab(args.path, args.device)
         parts = args.parts or [part for part in lab.parts
-                               if part != "votes" or lab.cfg.depth > 2]              # takes long
+                               if part != "votes" or lab.cfg.depth > 2]   # two don't combine
         for part in parts:
             if part not in lab.parts:
                 raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: five examples, p "

@@ -83,7 +83,7 @@ PRESETS = {                   # in place of the defaults; a flag on the command 
     "regression-small": dict(p=17, tasks=200, depth=4, heads=6, embd=96, batch=48, steps=1200,
                              lr=0.02),
     "regression": dict(tasks=640, depth=4, heads=8, embd=256, init_std=.035, batch=128, steps=6000,
-                       lessons="lines"),
+                       lessons="lines"),      # at p = 29 those of pairs didn't get as far
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)}}
 
 MLP_RATIO = 4                 # MLP width / residual width
@@ -103,8 +103,8 @@ def grid(p):
     return torch.cartesian_prod(torch.arange(p), torch.arange(p))
 
 def features(inputs, p):
-    """The residues (u, v) of inputs (x, y) in which z is linear, z = a u + b v: (..., 2). In the
-    paper they are x and y. For z = a x^2 + b y return, in place of the inputs,
+    """A place for other rules: z = a u + b v is linear in what this returns, the residues (u, v),
+    (..., 2). Here they are x and y. For z = a x^2 + b y return, in place of the inputs,
     torch.stack((inputs[..., 0] ** 2 % p, inputs[..., 1]), dim=-1); all else follows."""
     return inputs
 
@@ -147,19 +147,20 @@ def choose_rectangles(p, n, generator, tries=100):
         if len(choices) > 0:
             a2, b2 = choices[torch.randint(len(choices), (), generator=generator)].tolist()
             tasks += [(a, b), (a2, b), (a, b2), (a2, b2)]
-            free[[a2, a, a2], [b, b2, b2]] = False
-    if len(tasks) < n and tries > 0:                  # an unlucky start has blocked itself
+            free[a2, b] = free[a, b2] = free[a2, b2] = False
+    if len(tasks) == n:
+        return torch.tensor(tasks)
+    if tries > 0:                                     # an unlucky start has blocked itself
         return choose_rectangles(p, n, generator, tries - 1)
-    if len(tasks) < n:
-        raise BadInput(f"--tasks {n}: no {n // 4} disjoint rectangles in {p}*{p} tasks; take fewer")
-    return torch.tensor(tasks)
+    raise BadInput(f"--tasks {n}: no {n // 4} disjoint rectangles in {p}*{p} tasks; take fewer")
 
 def make_split(cfg):
     """Who is trained on, and who only tested: a dict of (n, 2) tensors of residues.
 
     "id" are the pre-training tasks. The others are out of distribution, in two halves (the paper
     has one): best.pt is chosen on "val_ood", the closing report alone has "test_ood". All tasks
-    share the inputs. With more tasks the same seed has the same inputs, and the tasks it had."""
+    share the inputs. With more tasks the same seed has the same inputs, and the tasks it had
+    unless choose_rectangles has to start over."""
     generator, p = torch.Generator().manual_seed(cfg.seed), cfg.p
     inputs, others = (grid(p)[torch.randperm(p * p, generator=generator)] for _ in range(2))
     tasks = choose_rectangles(p, cfg.tasks, generator)
@@ -171,6 +172,8 @@ def make_split(cfg):
             "train_inputs": inputs[:n_train], "test_inputs": inputs[n_train:]}
 
 # -------------------------------------------------------------------------- 3. Two exact algorithms
+# A *query* is an input whose z is asked. Each example is one, to those before it.
+
 def novel_queries(tokens):
     """Which queries are no copy of an earlier example's input: (B, 3k) -> bool (B, k)."""
     xy = tokens.unflatten(1, (-1, 3))[..., :2]                                       # (B, k, 2)
@@ -191,13 +194,13 @@ def solvable(tokens, p):
     origin = (u == 0) & (v == 0)                                                     # (B, k)
     helps = (cross == 0) & (~origin[:, None, :] | origin[:, :, None])
     ratio = helps.tril(-1).any(-1)                               # an example before the query does
-    # Two examples on different lines: the later of them is off the line of an earlier one. From
-    # then on (cummax) every later query has both (the shift by one).
+    # Two examples on different lines: the later of them is off the line of an earlier one.
     second = (cross != 0).tril(-1).any(-1)                                           # (B, k)
-    both = F.pad(second.cummax(dim=1).values[:, :-1], (1, 0))
+    both = second.cumsum(1) > second.int()                       # one of them is before the query
     return ratio, ratio | both | origin
 
 # ------------------------------------------------------------- 4. Model: a decoder-only transformer
+# No output of the last block is ever read but at the tokens that ask for the next one: at each y.
 EVERY_TOKEN, EACH_Y = slice(None), slice(1, None, 3)     # which tokens of x y z x y z ... ask
 
 def rotary_tables(places, width):
@@ -219,7 +222,7 @@ class Attention(nn.Module):
         self.heads = cfg.heads
         self.query, self.key, self.value, self.out = (
             nn.Linear(cfg.embd, cfg.embd, bias=False) for _ in range(4))
-        self.softmax = nn.Softmax(dim=-1)      # a module, so that a hook can read the weights
+        self.softmax = nn.Softmax(dim=-1)      # a module, so that a hook can read the scores
 
     def forward(self, x, cos, sin, asking):
         T = x.size(1)                                                                # x (B, T, C)
@@ -285,21 +288,25 @@ class GPT(nn.Module):
 # Ratio Matching takes two skills, to divide and to find the example on the query's line. Neither
 # earns anything without the other. Where all examples are on one line any of them will do, so the
 # lessons of lines begin there. Modular Regression is the same trap again: one example off the
-# query's line earns nothing until a second is found, and how to weigh the two is known. So the
-# lessons of pairs begin with a row: examples on lines with the ratios r, rh, rh^2, ..., h being the
-# base of powers(). There t = z/x = a + b y/x obeys t[i] = (1 + h) t[i - 1] - h t[i - 2]. In order:
+# query's line earns nothing until a second is found, and the weights of the two. So the lessons of
+# pairs begin with a row: the ratio y/x grows by one factor h from example to example. Then
+# t = z/x = a + b y/x obeys t[i] = (1 + h) t[i - 1] - h t[i - 2]: always the two examples before it,
+# and the same two weights for every task. In order:
 #
 #     1, 2, 4, ... lines   divide; then find the example on the query's line
 #     row                  combine the two preceding examples
 #     row with gaps        the same without relying on their distance
 #     each line once       find the two anywhere
 #     free                 the paper's training
+#
+# and as a review alone the axes: 0 has no logarithm, so that a model which divides by y, say, fails
+# where y = 0. Without reviews, what was learned before would be forgotten.
 
 @dataclass
 class Lesson:
     """A kind of training sequence, and when it is learned."""
     name: str
-    lines: int                   # through the origin, on which the examples lie: at most so many
+    lines: int                   # through the origin that a sequence may have
     examples: int                # in a sequence, if cfg.examples allows
     order: str = "any"           # any: each example on any of the lines; row: on lines r, rh, ...;
     #                              once: no two on one line, in random order; axis: all on one axis
@@ -319,7 +326,7 @@ def lessons(cfg):
     free = Lesson("free", p + 1, cfg.examples)                   # the paper's training
     if kind == "none":
         return [free]
-    more = 1 if kind == "pairs" else 2                           # two blocks are slow with fewer
+    more = 1 if kind == "pairs" else 2                           # lines alone are slow with fewer
     lines = [
         Lesson("1 line", 1, 8, more=more, gaps=True, score_y=True),
         Lesson("2 lines", 2, 8, more=more, gaps=True),
@@ -327,8 +334,6 @@ def lessons(cfg):
           for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
     if kind == "lines":
         return [*lines, free]
-    # Without reviews, what was learned before would be forgotten. The axes would hardly be learned:
-    # 0 has no logarithm, so that a model which divides by y, say, fails where y = 0.
     few = min(8, p - 1)
     row = Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, rate=0.8, reviews=(free,))
     gaps = replace(row, name="row with gaps", gaps=True)
@@ -339,7 +344,7 @@ def lessons(cfg):
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
-    if not lesson.reviews or step % 2 == 1:           # looks follow odd steps: at the lesson itself
+    if not lesson.reviews or step % 2 == 1:           # a lesson is tested after odd steps: its own
         return lesson
     return lesson.reviews[step // 2 % len(lesson.reviews)]
 
@@ -486,7 +491,7 @@ def evaluate_and_save(run, cfg, sets, loss, title):
     print(end="", flush=True)                                # a file shows each line at once
 
 def report(run, cfg):
-    """Evaluate and print the best checkpoint. Only here are the *test* o.o.d. tasks looked at."""
+    """Evaluate and print the best checkpoint: in this file the only look at the *test* tasks."""
     lesson = current_lesson(run, cfg)
     if lesson != lessons(cfg)[-1]:
         print(f'\nThe run ends at step {run.step} within the lesson "{lesson.name}". Try more '

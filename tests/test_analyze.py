@@ -171,9 +171,9 @@ def test_attention_planted_on_the_line():
                 weights[b, 1, t, 3 * i + 2] = 1 / len(same)
             if same and len(same) < t and (x, y) not in [(u, v) for u, v, _ in sequence[:t]]:
                 multiple.append(len(same) / t)
-    line = a.attention_to_line(weights, tokens, p)
-    assert line[0].item() == pytest.approx(1, abs=1e-5)
-    assert line[1].item() == pytest.approx(1 / np.mean(multiple), abs=1e-4)
+    (even, there), most = a.attention_to_line(weights, tokens, p)
+    assert even.item() == pytest.approx(1, abs=1e-5)
+    assert there.item() == pytest.approx(1 / np.mean(multiple), abs=1e-4) == most
 
 # -------------------------------------------------------------------------------------------------
 # Circles, characters, similarity
