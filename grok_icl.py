@@ -728,7 +728,7 @@ def checkpoint_of(cfg):
     if not files:
         return None
     checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))[0]
-    if checkpoint["history"]:                         # the closing report will want best.pt
+    if checkpoint.get("history"):                     # the closing report will want best.pt
         load_checkpoint(os.path.join(cfg.out, "best.pt"))
     return checkpoint
 

@@ -966,8 +966,8 @@ def test_a_file_gets_each_line_at_once_and_no_bars(tmp_path):
     """stdout and stderr as nohup or SLURM have them."""
     argv = [*TINY_FLAGS, "--steps", "100000", "--eval-every", "100", "--out", str(tmp_path / "run")]
     with (open(tmp_path / "err", "w") as err, open(tmp_path / "log", "w") as log,
-          subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv], stdout=log,
-                           stderr=err) as process):
+          subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv], stdout=log, stderr=err,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process):
         deadline = time.time() + 60                              # no buffer is full by then
         while "step" not in (tmp_path / "log").read_text() and time.time() < deadline:
             time.sleep(0.05)
