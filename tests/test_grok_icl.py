@@ -3,7 +3,6 @@ Tests of grok_icl.py against references that share no code with it: brute force 
 own attention, complex arithmetic, planted predictors, scripted curves, and interrupted runs.
 """
 import ast
-import contextlib
 import csv
 import dataclasses
 import errno
@@ -15,7 +14,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -966,8 +964,8 @@ def test_a_file_gets_each_line_at_once_and_no_bars(tmp_path):
     """stdout and stderr as nohup or SLURM have them."""
     argv = [*TINY_FLAGS, "--steps", "100000", "--eval-every", "100", "--out", str(tmp_path / "run")]
     with (open(tmp_path / "err", "w") as err, open(tmp_path / "log", "w") as log,
-          subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv], stdout=log, stderr=err,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process):
+          subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *argv], stdout=log,
+                           stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process):
         deadline = time.time() + 60                              # no buffer is full by then
         while "step" not in (tmp_path / "log").read_text() and time.time() < deadline:
             time.sleep(0.05)
