@@ -669,7 +669,7 @@ def save(run, cfg, name):
 
 def load_checkpoint(path, device="cpu"):
     """(dict, Config, GPT on device) of this program's checkpoint at path; else BadInput. Settings
-    that are no more are dropped, new ones have their defaults: a model needs neither."""
+    that are no more are dropped, and new ones have their defaults: they are about training."""
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such file")
     with refusing(f"{path}: damaged, or of another version of the code"):
