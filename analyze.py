@@ -13,7 +13,7 @@ idea). Then one function measures and returns a dict, one prints it, one may dra
 """
 import argparse
 import contextlib
-import glob
+import functools
 import io
 import itertools
 import json
@@ -65,28 +65,25 @@ def record(modules, run, at=slice(None)):
     """The inputs x[:, at] of {name: module} while run() calls the model once: {name: tensor}."""
     found = {}
 
-    def keep(name):
-        def f(x):
-            found[name] = x[:, at].clone().cpu()
-            return x                                             # as it was
-        return f
-    run_with({module: keep(name) for name, module in modules.items()}, run)
+    def keep(name, x):
+        found[name] = x[:, at].clone()
+        return x                                                 # as it was
+    run_with({module: functools.partial(keep, name) for name, module in modules.items()}, run)
     return found
 
 def put(values, at):
     """A change for run_with: x (B, T, C) with values in place of x[:, at]."""
     def f(x):
         x = x.clone()
-        x[:, at] = values.to(x)
+        x[:, at] = values
         return x
     return f
 
 @torch.no_grad()
 def answers(lab, tokens, everywhere=True):
     """The z predicted at each query of tokens (B, 3k): (B, k). everywhere: hooks see all tokens."""
-    if everywhere:
-        return lab.model(tokens.to(lab.device), g.EVERY_TOKEN)[:, 1::3].argmax(-1).cpu()
-    return lab.model(tokens.to(lab.device)).argmax(-1).cpu()
+    logits = lab.model(tokens, g.EVERY_TOKEN)[:, 1::3] if everywhere else lab.model(tokens)
+    return logits.argmax(-1)
 
 def query_grid(task, inputs, p):
     """One context, task (2,) and inputs (n, 2), and after it each query: tokens (p*p, 3n + 3)."""
@@ -108,7 +105,7 @@ def observe(lab):
             at_y[site] = seen[:, :, :, 1].movedim(-1, 1).contiguous()
             if site.startswith("neurons"):
                 continue
-            weight, block = module.weight.detach().cpu(), int(site.split()[1])       # (C, H*D)
+            weight, block = module.weight.detach(), int(site.split()[1])       # (C, H*D)
             for h, part in enumerate(torch.arange(lab.cfg.embd).chunk(lab.cfg.heads)):       # (D,)
                 out = seen[..., part] @ weight[:, part].T                       # (n, p, p, 3, C)
                 out = F.layer_norm(out, (lab.cfg.embd,))
@@ -493,8 +490,9 @@ def quotient(tasks, ratio, p):
     return (tasks[:, :1] + tasks[:, 1:] * ratio) % p
 
 def circuit_donors(context, example, p):
-    """{number: (donor that differs in it, donor that shares it, the program's answer with the
-    first's number)}. Tasks and divisors are another context's; so are lines, where they may be."""
+    """Of each number: a donor that "differs" in it, what the program answers with that donor's
+    number, "follows", and a donor that "shares" it. Donors are contexts: another's tasks and
+    divisors; and its lines, where they may be."""
     (tasks, divisor, ratio), each = context, torch.arange(len(example))
     inverse = g.inverses(p)
     other_tasks, other_divisors = tasks.roll(1, 0), divisor.roll(1, 0)
@@ -507,19 +505,22 @@ def circuit_donors(context, example, p):
     # Lines on which the other task has our z over the divisor, and our divisor at the query.
     same_z = (z - other_tasks[:, :1]) * inverse[other_tasks[:, 1:]] % p
     same_divisor = torch.cat((other_divisors[:, :-1], ours[:, None]), 1)
+    there = z[each, neighbour] * ours % p                        # had it been fetched there
     return {
-        "ratio of the query": (
-            (other_tasks, other_divisors, asks_neighbour), (other_tasks, other_divisors, ratio),
-            z[each, neighbour] * ours % p),
-        "ratios of the examples": (
-            (other_tasks, other_divisors, shifted), (other_tasks, other_divisors, ratio),
-            z[each, neighbour] * ours % p),
-        "z over divisor": (
-            (other_tasks, other_divisors, shifted), (other_tasks, other_divisors, same_z),
-            quotient(other_tasks, shifted, p)[each, example] * ours % p),
-        "divisor of the query": (
-            (other_tasks, other_divisors, asks_neighbour),
-            (other_tasks, same_divisor, asks_neighbour), z[:, -1] * other_divisors[:, -1] % p)}
+        "ratio of the query": {
+            "differs": (other_tasks, other_divisors, asks_neighbour), "follows": there,
+            "shares": (other_tasks, other_divisors, ratio)},
+        "ratios of the examples": {
+            "differs": (other_tasks, other_divisors, shifted), "follows": there,
+            "shares": (other_tasks, other_divisors, ratio)},
+        "z over divisor": {
+            "differs": (other_tasks, other_divisors, shifted),
+            "follows": quotient(other_tasks, shifted, p)[each, example] * ours % p,
+            "shares": (other_tasks, other_divisors, same_z)},
+        "divisor of the query": {
+            "differs": (other_tasks, other_divisors, asks_neighbour),
+            "follows": z[:, -1] * other_divisors[:, -1] % p,
+            "shares": (other_tasks, same_divisor, asks_neighbour)}}
 
 def circuit_tokens(context, divisor, p):
     """The sequences of a context, divisor being "x" or "y": tokens (n, 3k)."""
@@ -547,11 +548,13 @@ def measure_circuit(lab):
     *placed, last = donors                        # "divisor of the query" is the last
     for divisor in "xy":
         ours, rows = circuit_tokens(context, divisor, lab.p), {}
-        for number, (differs, shares, follows) in donors.items():
-            differs, shares = (circuit_tokens(d, divisor, lab.p) for d in (differs, shares))
-            said = [with_numbers(lab, placed, ours, donor) if number == last else
-                    with_numbers(lab, [number], donor, ours) for donor in (differs, shares)]
-            rows[number] = {"follows": (said[0] == follows).float().mean().item(),
+        for number, donor in donors.items():
+            said = []
+            for which in ("differs", "shares"):
+                theirs = circuit_tokens(donor[which], divisor, lab.p)
+                said.append(with_numbers(lab, placed, ours, theirs) if number == last else
+                            with_numbers(lab, [number], theirs, ours))
+            rows[number] = {"follows": (said[0] == donor["follows"]).float().mean().item(),
                             "stays": (said[1] == ours[:, -1]).float().mean().item()}
         right = answers(lab, ours)[:, -1] == ours[:, -1]
         found.append({"divisor": divisor, "numbers": rows, "nothing": right.float().mean().item()})
@@ -594,8 +597,7 @@ def off_line(lab, shots, n, run=0):
 @torch.no_grad()
 def log_probabilities(lab, tokens):
     """Of each z at the last query of tokens (B, 3k + 3), less their mean: (B, p)."""
-    logits = torch.cat([lab.model(t[:, :-1].to(lab.device))[:, -1].float().cpu()
-                        for t in tokens.split(g.CHUNK)])
+    logits = torch.cat([lab.model(t[:, :-1])[:, -1] for t in tokens.split(g.CHUNK)])
     return logits - logits.mean(1, keepdim=True)             # log_softmax differs by a constant
 
 def implied_tasks(tokens, p):
@@ -626,29 +628,22 @@ def regress(target, agreements):
     weights = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
     return weights, 1 - ((y - x @ weights).square().sum() / y.square().sum()).item()
 
-def functions_of(implied, p):
-    """{name: (B, k, p)}: a, b and all a + r b of implied tasks (B, k, p, 2)."""
-    a, b = implied.unbind(-1)
-    return {"a": a, "b": b} | {f"a + {r} b": (a + r * b) % p for r in range(1, p)}
-
 def measure_characters(lab):
-    """After three examples, of that "function" of the task that explains the answers best: the
-    "weights" (M,) of the characters, "share" of the largest, and "R^2" beside others and nulls."""
+    """After three examples, of that "component" of the task, a or b, that explains the answers
+    better: the "weights" (M,) of the characters, "share" of the largest, "R^2" beside nulls."""
     tokens, order = off_line(lab, 3, 8 * SEQUENCES), g.powers(lab.p)
     target, chi = log_probabilities(lab, tokens), characters(order)
-    values = functions_of(implied_tasks(tokens, lab.p), lab.p)
-    fits = {name: regress(target, agreement(v, chi)) for name, v in values.items()}
-    best, second = sorted(fits, key=lambda name: -fits[name][1])[:2]
-    random = [regress(target, agreement(values[best], characters(o)))[1]
-              for o in orders(lab.p, 20)[1:, 0]]
     others = torch.cat((tokens[:, :-3].roll(1, 0), tokens[:, -3:]), dim=1)
-    foreign = functions_of(implied_tasks(others, lab.p), lab.p)[best]
+    implied, foreign = (implied_tasks(t, lab.p) for t in (tokens, others))           # (B, k, p, 2)
+    fits = [regress(target, agreement(implied[..., i], chi)) for i in (0, 1)]
+    best = int(fits[1][1] > fits[0][1])
+    random = [regress(target, agreement(implied[..., best], characters(o)))[1]
+              for o in orders(lab.p, 20)[1:, 0]]
     weights = fits[best][0].clamp(min=0)
-    return {"function": best, "weights": fits[best][0],
+    return {"component": "ab"[best], "weights": fits[best][0],
             "share": (weights.max() / weights.sum()).item(), "R^2": {
-                best: fits[best][1], f"next: {second}": fits[second][1],
-                "random order": max(random),
-                "other examples": regress(target, agreement(foreign, chi))[1]}}
+                "a": fits[0][1], "b": fits[1][1], "random order": max(random),
+                "other examples": regress(target, agreement(foreign[..., best], chi))[1]}}
 
 def measure_labels(lab):
     """How often right answers stay if the z of one of four examples is changed, by whether the a,
@@ -713,14 +708,14 @@ def measure_pairs(lab):
     return {"attention": attention, "pairs": grid, "fetched": fetched, "heads": heads, "best": best,
             "solved": int(solved.sum())}
 
-def measure_rule(lab, function):
+def measure_rule(lab, component):
     """{shots: accuracy of the "model", and of "order d": the answer with the largest |sum| of a
-    character of that order of the function of the task, ties shared evenly}."""
+    character of that order of the task's a, or b, ties shared evenly}."""
     rows, p = {}, lab.p
     for shots in [n for n in (1, 2, 3, 4, 6, 8, 12) if n < min(lab.k, p - 1)]:
         tokens = off_line(lab, shots, 8 * SEQUENCES)
         right = log_probabilities(lab, tokens).argmax(1) == tokens[:, -1]
-        values = functions_of(implied_tasks(tokens, p), p)[function]
+        values = implied_tasks(tokens, p)[..., "ab".index(component)]                # (B, k, p)
         scores = agreement(values, characters(g.powers(p)))                          # (B, p, M)
         best = (scores > scores.amax(1, keepdim=True) - 1e-4).float()
         rule = (best / best.sum(1, keepdim=True))[torch.arange(len(tokens)), tokens[:, -1]].mean(0)
@@ -765,14 +760,14 @@ def measure_votes(lab):
     """All of these together."""
     found = measure_characters(lab) | measure_pairs(lab)
     return found | {"labels": measure_labels(lab), "exchange": measure_exchange(lab),
-                    "zeros": measure_zeros(lab), "shots": measure_rule(lab, found["function"])}
+                    "zeros": measure_zeros(lab), "shots": measure_rule(lab, found["component"])}
 
 def show_votes(lab, found):
     n, pairs = lab.p - 1, [f"{pair} {100 * r:.0f}%" for pair, r in found["best"].items()]
     heads = [f"head {head}: {offsets}" for head, offsets in found["heads"].items()]
-    table(f"Logits of the answers on the characters of {found['function']}: R^2, in %",
-          {"three examples": found["R^2"]}, "next: the next best function of the task; random "
-          "order: the best of 20;\nother examples: those of another context")
+    table(f"Logits of the answers on the characters of {found['component']}: R^2, in %",
+          {"three examples": found["R^2"]}, "random order: the best of 20; other examples: "
+          "those of another context")
     table("Weights of the characters", {f"m = {m}, order {n // math.gcd(m, n)}": {"weight": w}
                                         for m, w in enumerate(found["weights"].tolist(), 1)},
           scale=1, digits=2)
@@ -801,7 +796,7 @@ def draw_votes(subplots, lab, found):
     curves.legend(fontsize=6, loc="lower right")
     m = range(1, len(found["weights"]) + 1)
     bars.bar(m, found["weights"].tolist())
-    bars.set(title=f"weights of the characters of {found['function']}", xlabel="m, and its order",
+    bars.set(title=f"weights of the characters of {found['component']}", xlabel="m, and its order",
              xticks=m, xticklabels=[f"{i}\n{2 * len(m) // math.gcd(i, 2 * len(m))}" for i in m])
     bars.tick_params(labelsize=6)
     image = grid.imshow(100 * found["pairs"].numpy(), vmin=0, vmax=100, origin="lower")
@@ -819,52 +814,6 @@ def draw_votes(subplots, lab, found):
         circle.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return {"votes.png": fig}
 
-# ---------------------------------------------------------------- Lessons: which skill comes when?
-# Question: does each skill rise with the lesson that is to teach it?
-# Method:   all snapshots of a run (--snapshots) answer free sequences, second half, by skill.
-# If so: "ratio" rises during lessons of lines, "regression" during those of pairs.
-# If not: both rise in the last lesson, free sequences, and the others could be left out.
-CURVES = [f"{skill}, {side} inputs" for side in ("train", "test") for skill in SKILLS[1:3]]
-
-def measure_lessons(lab):
-    """"accuracy" (snapshots, 4) by CURVES, their "steps", and the steps that ended lessons."""
-    sets = g.eval_sequences(lab.split, "test_ood", 8 * SEQUENCES, lab.k, lab.p, SEED)
-    late, steps, rows = torch.arange(lab.k) >= lab.k // 2, [], []
-    for path in bar(lab.snapshots, "lessons"):
-        checkpoint, _, model = g.load_checkpoint(path, lab.device)
-        steps.append(checkpoint["step"])
-        rows.append([])
-        for tokens in (sets["test_ood_train"], sets["test_ood_test"]):
-            said = answers(SimpleNamespace(model=model, device=lab.device), tokens, False)
-            right, skill = said == tokens[:, 2::3], skill_of(tokens, lab.p)          # (B, k)
-            rows[-1] += [right[(skill == i) & late].float().mean() for i in (1, 2)]
-    return {"accuracy": torch.tensor(rows), "steps": steps, "ended": checkpoint.get("learned", [])}
-
-def show_lessons(lab, found):
-    ends, rows = [*found["ended"], found["steps"][-1]], {}
-    for lesson, end in zip(g.lessons(lab.cfg), ends):
-        before = [i for i, step in enumerate(found["steps"]) if step <= end]
-        if before:                                               # else no snapshot is left of it
-            accuracies = found["accuracy"][before[-1]].tolist()
-            rows[f"{lesson.name}, to step {end}"] = dict(zip(CURVES, accuracies))
-    table("Accuracy at the end of each lesson, in %, by skill", rows,
-          f"free sequences of new tasks, second half, novel queries; chance {100 / lab.p:.1f}")
-
-def draw_lessons(subplots, lab, found):
-    fig, ax = subplots(figsize=(7.5, 3.6))
-    for curve, name, style in zip(100 * found["accuracy"].T, CURVES, "C1- C2- C1-- C2--".split()):
-        ax.plot(found["steps"], curve, style, label=name)
-    place, apart = -math.inf, 0.04 * found["steps"][-1]
-    for lesson, begin in zip(g.lessons(lab.cfg), [0, *found["ended"]]):
-        place = max(begin, place + apart)                        # of a name, clear of the last one
-        ax.axvline(begin, color="C7", lw=0.6)
-        ax.annotate(lesson.name, (begin, 104), (place, 111), rotation=50, fontsize=7,
-                    annotation_clip=False, arrowprops=dict(arrowstyle="-", lw=0.4))
-    ax.axhline(100 / lab.p, color="black", lw=0.8, ls=":", label="chance")
-    ax.set(xlabel="training step", ylabel="accuracy, new tasks (%)", ylim=(0, 104))
-    ax.legend(loc="lower right")
-    return {"lessons.png": fig}
-
 # ------------------------------------------------------------------------------------- Command line
 
 SECTIONS = {                  # of each part, what measures, prints and draws it
@@ -874,26 +823,22 @@ SECTIONS = {                  # of each part, what measures, prints and draws it
     "fourier": (measure_fourier, show_fourier, draw_fourier),
     "similarity": (measure_similarity, show_similarity, draw_similarity),
     "circuit": (measure_circuit, show_circuit, None),
-    "votes": (measure_votes, show_votes, draw_votes),
-    "lessons": (measure_lessons, show_lessons, draw_lessons)}            # of a run with snapshots
+    "votes": (measure_votes, show_votes, draw_votes)}
 
-def open_lab(path, device):
+def open_lab(path):
     """What every part needs: a model, its config, its split."""
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
-    device = g.pick_device(device)
-    checkpoint, cfg, model = g.load_checkpoint(file, device)
+    checkpoint, cfg, model = g.load_checkpoint(file)
     as_in_the_paper = torch.equal(g.features(g.grid(cfg.p), cfg.p), g.grid(cfg.p))
-    snapshots = glob.glob(os.path.join(glob.escape(os.path.dirname(file)), "step*.pt"))
     nonzero = bool((checkpoint["split"]["test_ood"] > 0).all(1).any())
     possible = {"votes": as_in_the_paper and cfg.p > 5 and cfg.examples > 4 and nonzero,
                 "circuit": as_in_the_paper and cfg.p > 3 and cfg.examples > 2 and (
                     nonzero and cfg.depth == 2),
-                "similarity": as_in_the_paper, "lessons": len(snapshots) > 0}
+                "similarity": as_in_the_paper}
     return SimpleNamespace(
-        model=model, cfg=cfg, p=cfg.p, k=cfg.examples, device=device, observed=None,
+        model=model, cfg=cfg, p=cfg.p, k=cfg.examples, observed=None,
         heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
-        parts=[part for part in SECTIONS if possible.get(part, True)], split=checkpoint["split"],
-        snapshots=sorted(snapshots, key=lambda name: (len(name), name)))
+        parts=[part for part in SECTIONS if possible.get(part, True)], split=checkpoint["split"])
 
 def save(out, found):
     """{part: {name: value}} to out/analysis.json, the tensors among them to out/analysis.npz."""
@@ -949,18 +894,17 @@ def main(argv=None):
     parser.error = refuse
     parser.add_argument("path", metavar="RUN|FILE", help="a run's folder or a checkpoint")
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(SECTIONS)} [all]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     parser.add_argument("--out", help="folder to write to [the run's; for FILE.pt FILE]")
     try:
         args = parser.parse_intermixed_args(argv)
-        lab = open_lab(args.path, args.device)
+        lab = open_lab(args.path)
         parts = args.parts or [part for part in lab.parts
                                if part != "votes" or lab.cfg.depth > 2]   # two don't combine
         for part in parts:
             if part not in lab.parts:
                 raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: five examples, p "
                                  "above 5; circuit: two blocks; both and similarity: the paper's "
-                                 "rule; lessons: --snapshots)")
+                                 "rule)")
         out = args.out or (args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         with g.refusing(f"--out {out}: can't be written"):

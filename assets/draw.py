@@ -3,10 +3,13 @@ The pictures of README and pages that analyze.py doesn't draw: python assets/dra
 
     data, circuit, characters   as SVG
     curves, grokking, authors   from curves.csv, claims.csv, authors.csv
-    fade                        from runs out/late-16, out/late-32, out/late-64 with snapshots
+    fade, lessons               from runs with --snapshots: out/late-16, out/late-32, out/late-64;
+                                out/regression-small
 """
 import csv
+import glob
 import os
+import re
 import sys
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -240,7 +243,7 @@ def fade():
     figure, axes = panels(3)
     for ax, n in zip(axes, (16, 32, 64)):
         for step, colour in ((1000, "C2"), (2000, "C1"), (5000, "C3")):
-            lab = a.open_lab(f"out/late-{n}/step{step}.pt", "cpu")
+            lab = a.open_lab(f"out/late-{n}/step{step}.pt")
             sets = g.eval_sequences(lab.split, "test_ood", 1024, lab.k, lab.p, a.SEED)
             tokens = sets["test_ood_train"]
             right = a.answers(lab, tokens, everywhere=False) == tokens[:, 2::3]
@@ -259,10 +262,49 @@ def fade():
     axes[2].legend(fontsize=7)
     figure.savefig(os.path.join(HERE, "fade.png"), dpi=100)
 
+# ---------------------------------------------------------------------------------------- lessons
+def accuracy_by_skill(lab):
+    """A model's accuracy on free sequences of new tasks, second half, novel queries that take Ratio
+    Matching and those that take Modular Regression: on train inputs, then on test inputs, (4,)."""
+    import analyze as a
+    import grok_icl as g
+    sets = g.eval_sequences(lab.split, "test_ood", 512, lab.k, lab.p, a.SEED)
+    late, found = g.torch.arange(lab.k) >= lab.k // 2, []
+    for tokens in (sets["test_ood_train"], sets["test_ood_test"]):
+        right = a.answers(lab, tokens, everywhere=False) == tokens[:, 2::3]          # (B, k)
+        skill = a.skill_of(tokens, lab.p)
+        found += [right[(skill == i) & late].float().mean().item() for i in (1, 2)]
+    return found
+
+def lessons(run="out/regression-small"):
+    """Which skill comes in which lesson."""
+    import analyze as a
+    import grok_icl as g
+    labs = [(int(re.sub(r"\D", "", os.path.basename(f))), a.open_lab(f))
+            for f in glob.glob(os.path.join(run, "step*.pt"))]
+    labs.sort(key=lambda step_and_lab: step_and_lab[0])
+    steps, curves = [step for step, _ in labs], zip(*(accuracy_by_skill(lab) for _, lab in labs))
+    cfg, ended = labs[-1][1].cfg, g.load_checkpoint(os.path.join(run, "last.pt"))[0]["learned"]
+    figure, ax = panels(1, 7.5, 3.6)
+    for curve, style, label in zip(curves, ("C1-", "C2-", "C1--", "C2--"), (
+            "ratio, train inputs", "regression, train inputs", "ratio, test inputs",
+            "regression, test inputs")):
+        ax.plot(steps, [100 * value for value in curve], style, label=label)
+    place, apart = -1e9, 0.04 * steps[-1]
+    for lesson, begin in zip(g.lessons(cfg), [0, *ended]):
+        place = max(begin, place + apart)                        # of a name, clear of the last one
+        ax.axvline(begin, color="C7", lw=0.6)
+        ax.annotate(lesson.name, (begin, 104), (place, 111), rotation=50, fontsize=7,
+                    annotation_clip=False, arrowprops=dict(arrowstyle="-", lw=0.4))
+    ax.axhline(100 / cfg.p, color="black", lw=0.8, ls=":", label="chance")
+    ax.set(xlabel="training step", ylabel="accuracy, new tasks (%)", ylim=(0, 104))
+    ax.legend(loc="lower right")
+    figure.savefig(os.path.join(HERE, "lessons.png"), dpi=100)
+
 if __name__ == "__main__":
     import grok_icl
     drawings = {f.__name__: f for f in (data, circuit, characters, curves, grokking, authors,
-                                        fade)}
+                                        fade, lessons)}
     for name in sys.argv[1:]:
         try:
             if name not in drawings:

@@ -48,7 +48,7 @@ def solve_on_one_line(examples, query, p):
 
 @functools.cache
 def two_runs():
-    lab = a.open_lab("assets/quick.pt", "cpu")
+    lab = a.open_lab("assets/quick.pt")
     tasks, inputs = a.contexts(lab, 1000, lab.k)
     ours, theirs = (g.to_tokens(t, inputs, lab.p) for t in (tasks, tasks.roll(1, 0)))
     return lab, ours, theirs, a.record(a.sites(lab.model), lambda: a.answers(lab, theirs))
@@ -75,7 +75,7 @@ def patched_at_z(head):
 
 
 def moves(other, factor=None):
-    lab = a.open_lab("assets/p29.pt", "cpu")
+    lab = a.open_lab("assets/p29.pt")
     p = lab.p
     tokens = g.to_tokens(*a.contexts(lab, 1000, 32), p)
     inputs = tokens.unflatten(1, (-1, 3))[..., :2]
@@ -104,7 +104,7 @@ def moves_by_the_same(other):
 
 def idle(offsets, pairs=[]):
     if not pairs:
-        pairs.append(a.measure_pairs(a.open_lab("assets/regression.pt", "cpu"))["pairs"])
+        pairs.append(a.measure_pairs(a.open_lab("assets/regression.pt"))["pairs"])
     right = [pairs[0][offsets[i - 2], offsets[i - 1]].item() for i in range(3)]      # without i
     best = max(range(3), key=right.__getitem__)
     others = [r for i, r in enumerate(right) if i != best]

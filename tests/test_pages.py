@@ -21,6 +21,7 @@ import analyze as a  # noqa: E402
 import draw  # noqa: E402
 import grok_icl as g  # noqa: E402
 import solutions  # noqa: E402
+from test_analyze import config, exact, planted_lab  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "assets").glob("*.md"))]
 OLD_FLAGS = {"--no-curriculum", "--axes"}         # of commit cfee113, which some commands name
@@ -175,3 +176,28 @@ def test_a_memory_votes_for_the_tasks_that_fit_best():
             for (c, d), n in zip(tasks.tolist(), fits):
                 expected[(c * x + d * y) % p] += n == max(fits)
             assert found[k] == expected
+
+
+@pytest.mark.parametrize("algorithm", ["ratio", "regression"])
+def test_skills_of_a_snapshot_are_told_apart(algorithm):
+    """Planted: an exact Ratio Matcher that else says 0, or a model that combines."""
+    lab = planted_lab(exact(algorithm), examples=4)
+    for matches, combines in zip(*[iter(draw.accuracy_by_skill(lab))] * 2):
+        if algorithm == "ratio":
+            assert matches == 1 and combines < 0.4
+        else:                                     # with all examples on one line it says 0
+            assert combines == 1 and matches > 0.9
+
+
+def test_the_lessons_of_a_run_are_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    cfg = config(out=str(tmp_path / "run"), snapshots=True, lessons="lines", batch=4)
+    run = g.make_run(cfg)
+    run.learned = [2, 3, 4]
+    (tmp_path / "run").mkdir()
+    for run.step in (2, 10):
+        g.save(run, cfg, f"step{run.step}.pt")
+    g.save(run, cfg, "last.pt")
+    monkeypatch.setattr(draw, "HERE", str(tmp_path))
+    draw.lessons(tmp_path / "run")
+    assert (tmp_path / "lessons.png").read_bytes()[1:4] == b"PNG"
