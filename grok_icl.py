@@ -52,6 +52,8 @@ class Config:
     depth: int = option(2, 2, "transformer blocks; the paper has 2, 4 and 6", (1, 100))
     heads: int = option(4, 4, "attention heads a block, each best up to 32 wide", (1, 256))
     embd: int = option(128, 512, "width of the residual stream; the MLP is 4 times it", (2, 16384))
+    rope_base: float = option(1e4, 1e4, "of the rotary embedding; larger: more room for content",
+                              (1, 1e15))
     init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
     lessons: str = option("auto", "none", "auto: pairs from three blocks on, else lines",
@@ -81,13 +83,12 @@ FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
 PRESETS = {                   # in place of the defaults; a flag on the command line outdoes both
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
     "regression-small": dict(p=17, tasks=200, depth=4, heads=6, embd=96, batch=48, steps=1200,
-                             lr=0.02),
+                             rope_base=1e8, lr=0.02),
     "regression": dict(tasks=640, depth=4, heads=8, embd=256, init_std=.035, batch=128, steps=6000,
                        lessons="lines"),      # at p = 29 those of pairs didn't get as far
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)}}
 
 MLP_RATIO = 4                 # MLP width / residual width
-ROPE_BASE = 10_000            # frequencies of the rotary embedding fall from 1 to about 1/ROPE_BASE
 ADAM_BETAS = (0.9, 0.98)
 LESSON_STEPS = 2000           # that a lesson may take, else the run ends
 LOOK_EVERY = 10               # steps between looks at whether a lesson is learned; even, as every
@@ -203,10 +204,13 @@ def solvable(tokens, p):
 # No output of the last block is ever read but at the tokens that ask for the next one: at each y.
 EVERY_TOKEN, EACH_Y = slice(None), slice(1, None, 3)     # which tokens of x y z x y z ... ask
 
-def rotary_tables(places, width):
-    """cos and sin of place * frequency, (T, width / 2): one for each pair of a head's numbers."""
+def rotary_tables(places, width, base):
+    """cos and sin of place * frequency, (T, width / 2): one for each pair of a head's numbers.
+
+    The first pairs turn fast and tell places apart. The last ones hardly turn at all, so that they
+    are free to compare what tokens say; with a larger base more of them are."""
     steps = torch.arange(0, width, 2, dtype=torch.float32, device=places.device)
-    frequencies = ROPE_BASE ** (-steps / width)                                      # (D / 2,)
+    frequencies = base ** (-steps / width)                       # from 1 to about 1 / base, (D / 2,)
     angles = torch.outer(places, frequencies)
     return angles.cos(), angles.sin()
 
@@ -259,7 +263,7 @@ class GPT(nn.Module):
     """The paper's transformer, on sequences x y z x y z ..."""
     def __init__(self, cfg):
         super().__init__()
-        self.head_width = cfg.embd // cfg.heads
+        self.head_width, self.rope_base = cfg.embd // cfg.heads, cfg.rope_base
         self.embedding = nn.Embedding(cfg.p, cfg.embd)       # its transpose reads out the logits
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embd)
@@ -276,7 +280,7 @@ class GPT(nn.Module):
         (T,): where the tokens stand, by default at 0, 1, 2, ..."""
         if places is None:
             places = torch.arange(tokens.size(1), device=tokens.device)
-        cos, sin = rotary_tables(places, self.head_width)                            # (T, D / 2)
+        cos, sin = rotary_tables(places, self.head_width, self.rope_base)            # (T, D / 2)
         x = self.embedding(tokens)                                                   # (B, T, C)
         *others, last = self.blocks
         for block in others:

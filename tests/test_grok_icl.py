@@ -365,7 +365,7 @@ def test_evaluation_sets_hold_what_their_names_say():
 # -------------------------------------------------------------------------------------------------
 
 def test_rotation_is_multiplication_by_a_unit_complex_number():
-    cos, sin = g.rotary_tables(torch.arange(9), 8)
+    cos, sin = g.rotary_tables(torch.arange(9), 8, 1e4)
     x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
     frequencies = torch.tensor([10_000 ** (-i / 4) for i in range(4)])
     turn = torch.polar(torch.ones(9, 4), torch.arange(9)[:, None] * frequencies)
@@ -374,7 +374,7 @@ def test_rotation_is_multiplication_by_a_unit_complex_number():
 
 
 def test_rotary_scores_depend_on_distance_alone():
-    cos, sin = g.rotary_tables(torch.arange(40), 8)
+    cos, sin = g.rotary_tables(torch.arange(40), 8, 1e4)
     gen = torch.Generator().manual_seed(0)
     q, k = torch.randn(8, generator=gen).expand(40, 8), torch.randn(8, generator=gen).expand(40, 8)
     scores = g.rotate(q, cos, sin) @ g.rotate(k, cos, sin).T
@@ -392,7 +392,7 @@ def test_attention_equals_torchs_own(asking, places):
     model, tokens = model_and_tokens(examples=8)
     layer, x, weights = model.blocks[0].attention, model.embedding(tokens[:, :14]), []
     layer.softmax.register_forward_hook(lambda module, args, output: weights.append(output))
-    ours = layer(x, *g.rotary_tables(torch.tensor(places), 8), asking)
+    ours = layer(x, *g.rotary_tables(torch.tensor(places), 8, 1e4), asking)
     angles = torch.outer(torch.tensor(places), 10_000 ** (-torch.arange(4) / 4))
 
     def heads(linear):
