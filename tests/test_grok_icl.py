@@ -364,13 +364,22 @@ def test_evaluation_sets_hold_what_their_names_say():
 # Model
 # -------------------------------------------------------------------------------------------------
 
-def test_rotation_is_multiplication_by_a_unit_complex_number():
-    cos, sin = g.rotary_tables(torch.arange(9), 8, 1e4)
+@pytest.mark.parametrize("base", [1e4, 1e8])
+def test_rotation_is_multiplication_by_a_unit_complex_number(base):
+    cos, sin = g.rotary_tables(torch.arange(9), 8, base)
     x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
-    frequencies = torch.tensor([10_000 ** (-i / 4) for i in range(4)])
+    frequencies = torch.tensor([base ** (-i / 4) for i in range(4)])
     turn = torch.polar(torch.ones(9, 4), torch.arange(9)[:, None] * frequencies)
     expected = torch.complex(x[..., :4], x[..., 4:]) * turn
     torch.testing.assert_close(g.rotate(x, cos, sin), torch.cat((expected.real, expected.imag), -1))
+
+
+def test_a_model_turns_by_the_base_of_its_settings(monkeypatch):
+    tables, bases = g.rotary_tables, []
+    monkeypatch.setattr(g, "rotary_tables", lambda *args: bases.append(args[2]) or tables(*args))
+    model, tokens = model_and_tokens(rope_base=1e8)
+    model(tokens)
+    assert bases == [1e8] and g.Config().rope_base == 1e4        # that of models without a setting
 
 
 def test_rotary_scores_depend_on_distance_alone():
