@@ -80,10 +80,9 @@ def put(values, at):
     return f
 
 @torch.no_grad()
-def answers(lab, tokens, everywhere=True):
-    """The z predicted at each query of tokens (B, 3k): (B, k). everywhere: hooks see all tokens."""
-    logits = lab.model(tokens, g.EVERY_TOKEN)[:, 1::3] if everywhere else lab.model(tokens)
-    return logits.argmax(-1)
+def answers(lab, tokens):
+    """The z predicted at each query of tokens (B, 3k): (B, k). Probes see all tokens' last block."""
+    return lab.model(tokens, g.EVERY_TOKEN)[:, 1::3].argmax(-1)
 
 def query_grid(task, inputs, p):
     """One context, task (2,) and inputs (n, 2), and after it each query: tokens (p*p, 3n + 3)."""
@@ -165,7 +164,7 @@ def measure_skills(lab):
     found = {"accuracy": [], "right": [], "skill": []}
     for s in bar(shots, "skills"):
         tokens = torch.stack([query_grid(*c, p) for c in zip(tasks, inputs[:, :s])])
-        said = torch.cat([answers(lab, t, everywhere=False)[:, -1]
+        said = torch.cat([answers(lab, t)[:, -1]
                           for t in tokens.flatten(0, 1).split(g.CHUNK)]).view(tokens.shape[:2])
         skill = torch.stack([skill_of(t, p)[:, -1] for t in tokens])                 # (n, p*p)
         right = said == tokens[..., -1]
@@ -728,7 +727,7 @@ def measure_zeros(lab):
     """{where the 0 is: accuracy on regression queries, second half of the sequence}."""
     n, k = 16 * SEQUENCES, lab.k
     tokens = g.eval_sequences(lab.split, "test_ood", n, k, lab.p, SEED)["test_ood_train"]
-    right = torch.cat([answers(lab, t, everywhere=False) for t in tokens.split(g.CHUNK)])
+    right = torch.cat([answers(lab, t) for t in tokens.split(g.CHUNK)])
     asked = (skill_of(tokens, lab.p) == 2) & (torch.arange(k) >= k // 2)             # (n, k)
     tasks, xyz = lab.split["test_ood"], tokens.unflatten(1, (-1, 3))                 # (n, k, 3)
     a, b = (tasks[torch.arange(n) % len(tasks)] == 0).T[:, :, None]                  # (n, 1)

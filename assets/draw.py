@@ -246,7 +246,7 @@ def fade():
             lab = a.open_lab(f"out/late-{n}/step{step}.pt")
             sets = g.eval_sequences(lab.split, "test_ood", 1024, lab.k, lab.p, a.SEED)
             tokens = sets["test_ood_train"]
-            right = a.answers(lab, tokens, everywhere=False) == tokens[:, 2::3]
+            right = a.answers(lab, tokens) == tokens[:, 2::3]
             ratio = a.skill_of(tokens, lab.p) == 1
             shots = range(1, lab.k)
             ax.plot(shots, [100 * right[:, s][ratio[:, s]].float().mean() for s in shots],
@@ -271,7 +271,7 @@ def accuracy_by_skill(lab):
     sets = g.eval_sequences(lab.split, "test_ood", 512, lab.k, lab.p, a.SEED)
     late, found = g.torch.arange(lab.k) >= lab.k // 2, []
     for tokens in (sets["test_ood_train"], sets["test_ood_test"]):
-        right = a.answers(lab, tokens, everywhere=False) == tokens[:, 2::3]          # (B, k)
+        right = a.answers(lab, tokens) == tokens[:, 2::3]          # (B, k)
         skill = a.skill_of(tokens, lab.p)
         found += [right[(skill == i) & late].float().mean().item() for i in (1, 2)]
     return found

@@ -458,7 +458,7 @@ def test_zeros_are_where_their_names_say(monkeypatch):
     lab.split["test_ood"] = torch.tensor([(0, 3), (2, 0), (3, 4), (0, 5)])
     lab.split["train_inputs"] = g.grid(7)
     for name, is_right in (("a", lambda z, y, n: n % 4 in (0, 3)), ("y", lambda z, y, n: y == 0)):
-        def answers(lab, tokens, everywhere):
+        def answers(lab, tokens):
             z, y = tokens[:, 2::3], tokens[:, 1::3]
             return torch.where(torch.as_tensor(
                 [[bool(is_right(z[i, j], y[i, j], i)) for j in range(z.size(1))]
@@ -467,7 +467,7 @@ def test_zeros_are_where_their_names_say(monkeypatch):
         found = a.measure_zeros(lab)
         assert found[name] == 1 and found["nothing"] == 0 and all(
             0 <= found[other] < 1 for other in "abxy" if other != name)
-    monkeypatch.setattr(a, "answers", lambda lab, tokens, everywhere: torch.where(
+    monkeypatch.setattr(a, "answers", lambda lab, tokens: torch.where(
         a.skill_of(tokens, 7) == 2, (tokens[:, 2::3] + 1) % 7, tokens[:, 2::3]))
     assert {*a.measure_zeros(lab).values()} == {0}               # ratio queries don't count
 
