@@ -81,7 +81,7 @@ def put(values, at):
 
 @torch.no_grad()
 def answers(lab, tokens):
-    """The z predicted at each query of tokens (B, 3k): (B, k). Probes see all tokens' last block."""
+    """The z predicted at each query of tokens (B, 3k): (B, k). All tokens pass the last block."""
     return lab.model(tokens, g.EVERY_TOKEN)[:, 1::3].argmax(-1)
 
 def query_grid(task, inputs, p):
@@ -566,14 +566,12 @@ def show_circuit(lab, found):
           f"{100 / lab.p:.1f}")
 
 # ------------------------------- Votes: how deeper models combine examples (not in the paper)
-# Question: how does a deeper model answer queries whose line no example is on?
-# Method:   an example and an answer z imply a task (a, b). Regress the logits on how far the
-#           examples agree on each *character* of a, its log mod d. And ask after two examples
-#           alone, by their *offsets*: the query's log(y/x) less theirs. Which offsets do heads
-#           fetch, and what do they carry?
+# Question: how does a deeper model answer queries whose line no example is on? Does it go by one
+#           *character* of a, its log mod d? Or does it know a sum for some pairs of examples, by
+#           their *offsets*: the query's log(y/x) less theirs?
+# Method:   see below. Inputs are off the axes, except in measure_zeros.
 # If by one character: one weight is far above the others. If by pairs: some are solved.
-# If by neither: no weight stands out, no pair is solved. Inputs are off the axes, except in
-#           measure_zeros.
+# If by neither: no weight stands out, no pair is solved.
 def at_offsets(lab, offsets, run=0):
     """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3). In
     another run each x/y is the same, but tasks are others, and so are the inputs' multipliers."""
@@ -598,6 +596,10 @@ def log_probabilities(lab, tokens):
     """Of each z at the last query of tokens (B, 3k + 3), less their mean: (B, p)."""
     logits = torch.cat([lab.model(t[:, :-1])[:, -1] for t in tokens.split(g.CHUNK)])
     return logits - logits.mean(1, keepdim=True)             # log_softmax differs by a constant
+
+# By one character? An example and an answer z imply a task (a, b), the one that gives both. A model
+# that compares a character of a prefers answers for which the examples imply a of one class. So the
+# logits follow how far they agree, and a changed example counts if its class changes.
 
 def implied_tasks(tokens, p):
     """The task (a, b) that goes through an example and the last query of tokens (B, 3k + 3) if the
@@ -663,6 +665,24 @@ def measure_labels(lab):
                 for name, which in (("kept", kept), ("changed", ~kept))}
     return rows
 
+def measure_rule(lab, component):
+    """{shots: accuracy of the "model", and of "order d": the answer with the largest |sum| of a
+    character of that order of the task's a, or b, ties shared evenly}."""
+    rows, p = {}, lab.p
+    for shots in [n for n in (1, 2, 3, 4, 6, 8, 12) if n < min(lab.k, p - 1)]:
+        tokens = off_line(lab, shots, 8 * SEQUENCES)
+        right = log_probabilities(lab, tokens).argmax(1) == tokens[:, -1]
+        values = implied_tasks(tokens, p)[..., "ab".index(component)]                # (B, k, p)
+        scores = agreement(values, characters(g.powers(p)))                          # (B, p, M)
+        best = (scores > scores.amax(1, keepdim=True) - 1e-4).float()
+        rule = (best / best.sum(1, keepdim=True))[torch.arange(len(tokens)), tokens[:, -1]].mean(0)
+        rows[shots] = {"model": right.float().mean().item()} | {
+            f"order {(p - 1) // m}": rule[m - 1].item() for m in range(1, (p + 1) // 2)
+            if (p - 1) % m == 0}
+    return rows
+
+# By pairs? Ask after two examples alone, at each pair of offsets; and see what heads fetch.
+
 def accuracy_of_pairs(lab, pairs):
     """Of the model after two examples at these offsets, pairs (n, 2): (n,)."""
     tokens = at_offsets(lab, torch.cat((pairs, pairs.flip(1))).repeat(EACH_PAIR, 1))
@@ -707,33 +727,7 @@ def measure_pairs(lab):
     return {"attention": attention, "pairs": grid, "fetched": fetched, "heads": heads, "best": best,
             "solved": int(solved.sum())}
 
-def measure_rule(lab, component):
-    """{shots: accuracy of the "model", and of "order d": the answer with the largest |sum| of a
-    character of that order of the task's a, or b, ties shared evenly}."""
-    rows, p = {}, lab.p
-    for shots in [n for n in (1, 2, 3, 4, 6, 8, 12) if n < min(lab.k, p - 1)]:
-        tokens = off_line(lab, shots, 8 * SEQUENCES)
-        right = log_probabilities(lab, tokens).argmax(1) == tokens[:, -1]
-        values = implied_tasks(tokens, p)[..., "ab".index(component)]                # (B, k, p)
-        scores = agreement(values, characters(g.powers(p)))                          # (B, p, M)
-        best = (scores > scores.amax(1, keepdim=True) - 1e-4).float()
-        rule = (best / best.sum(1, keepdim=True))[torch.arange(len(tokens)), tokens[:, -1]].mean(0)
-        rows[shots] = {"model": right.float().mean().item()} | {
-            f"order {(p - 1) // m}": rule[m - 1].item() for m in range(1, (p + 1) // 2)
-            if (p - 1) % m == 0}
-    return rows
-
-def measure_zeros(lab):
-    """{where the 0 is: accuracy on regression queries, second half of the sequence}."""
-    n, k = 16 * SEQUENCES, lab.k
-    tokens = g.eval_sequences(lab.split, "test_ood", n, k, lab.p, SEED)["test_ood_train"]
-    right = torch.cat([answers(lab, t) for t in tokens.split(g.CHUNK)])
-    asked = (skill_of(tokens, lab.p) == 2) & (torch.arange(k) >= k // 2)             # (n, k)
-    tasks, xyz = lab.split["test_ood"], tokens.unflatten(1, (-1, 3))                 # (n, k, 3)
-    a, b = (tasks[torch.arange(n) % len(tasks)] == 0).T[:, :, None]                  # (n, 1)
-    x, y = (xyz[..., :2] == 0).unbind(-1)
-    return {name: (right == xyz[..., 2])[asked & which].float().mean().item() for name, which in (
-        ("nothing", ~(a | b | x | y)), ("a", a), ("b", b), ("x", x), ("y", y))}
+# What do heads carry, and where does the model fail?
 
 def measure_exchange(lab):
     """Replace a block's heads (then also its MLP's neurons) at the query's y by those of another
@@ -754,6 +748,18 @@ def measure_exchange(lab):
                 name: (said == answer)[right[0] & right[1]].float().mean().item()
                 for name, answer in wanted.items()}
     return rows
+
+def measure_zeros(lab):
+    """{where the 0 is: accuracy on regression queries, second half of the sequence}."""
+    n, k = 16 * SEQUENCES, lab.k
+    tokens = g.eval_sequences(lab.split, "test_ood", n, k, lab.p, SEED)["test_ood_train"]
+    right = torch.cat([answers(lab, t) for t in tokens.split(g.CHUNK)])
+    asked = (skill_of(tokens, lab.p) == 2) & (torch.arange(k) >= k // 2)             # (n, k)
+    tasks, xyz = lab.split["test_ood"], tokens.unflatten(1, (-1, 3))                 # (n, k, 3)
+    a, b = (tasks[torch.arange(n) % len(tasks)] == 0).T[:, :, None]                  # (n, 1)
+    x, y = (xyz[..., :2] == 0).unbind(-1)
+    return {name: (right == xyz[..., 2])[asked & which].float().mean().item() for name, which in (
+        ("nothing", ~(a | b | x | y)), ("a", a), ("b", b), ("x", x), ("y", y))}
 
 def measure_votes(lab):
     """All of these together."""

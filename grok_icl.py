@@ -210,7 +210,7 @@ def rotary_tables(places, width, base):
     The first pairs turn fast and tell places apart. The last ones hardly turn at all, so that they
     are free to compare what tokens say; with a larger base more of them are."""
     steps = torch.arange(0, width, 2, dtype=torch.float32, device=places.device)
-    frequencies = base ** (-steps / width)                       # from 1 to about 1 / base, (D / 2,)
+    frequencies = base ** (-steps / width)                       # from 1 to 1 / base, (D / 2,)
     angles = torch.outer(places, frequencies)
     return angles.cos(), angles.sin()
 
