@@ -104,10 +104,10 @@ def observe(lab):
             at_y[site] = seen[:, :, :, 1].movedim(-1, 1).contiguous()
             if site.startswith("neurons"):
                 continue
-            weight, block = module.weight.detach(), int(site.split()[1])       # (C, H*D)
-            for h, part in enumerate(torch.arange(lab.cfg.embd).chunk(lab.cfg.heads)):       # (D,)
-                out = seen[..., part] @ weight[:, part].T                       # (n, p, p, 3, C)
-                out = F.layer_norm(out, (lab.cfg.embd,))
+            H, block = lab.cfg.heads, int(site.split()[1])
+            weights = module.weight.detach().chunk(H, dim=1)                         # H of (C, D)
+            for h, (part, weight) in enumerate(zip(seen.chunk(H, dim=-1), weights)):
+                out = F.layer_norm(part @ weight.T, (lab.cfg.embd,))            # (n, p, p, 3, C)
                 for token, values in zip("xyz", out.unbind(3)):
                     if token == "y" or block < lab.cfg.depth - 1:
                         added[f"{block}.{h}", token] = values
@@ -199,13 +199,13 @@ def draw_skills(subplots, lab, found):
 
 # ----------------------------------------------------------------------------- Attention (figure 6)
 # Question: which heads find an example on the query's line?
-# Method:   attention from a query's y to examples on its line, as a multiple of an even spread.
+# Method:   of the attention from a query's y that goes to examples, how much goes to those on its
+#           line, as a multiple of their share of the examples.
 # If a head does: many times even, up to the number of examples for each one on the line.
 # If it doesn't: 1.0, whatever else it looks at.
 def attention_to_line(weights, tokens, p):
-    """How many times as much as evenly heads look from a query's y at examples on its line, (H,),
-    and how many it is for a head that looks at no other. weights (B, H, k, 3k); over novel queries
-    with some, not all, examples on their line."""
+    """That multiple of each head, (H,), and what it is for a head that looks at no other examples.
+    weights (B, H, k, 3k); over novel queries with some, not all, examples on their line."""
     inputs = tokens.unflatten(1, (-1, 3))[..., :2]                                   # (B, k, 2)
     # -1, no line, for (0, 0): it is on all of them, and as an example it is of no use.
     line = g.line_of(inputs, p).masked_fill((g.features(inputs, p) == 0).all(-1), -1)    # (B, k)
@@ -264,9 +264,9 @@ def head_planes(lab):
     """The plane of each head's output at two tokens, as in figure 6, and in the last block at y:
     {name: (contexts, p, p)}."""
     added, found = observe(lab)[1], {}
-    for head, tokens in itertools.product(lab.heads, ("xy", "xz", "yz", "y")):
+    for head in lab.heads:
         is_last = int(head.split(".")[0]) == lab.cfg.depth - 1
-        if is_last == (tokens == "y"):
+        for tokens in ("y",) if is_last else ("xy", "xz", "yz"):
             points = torch.cat([added[head, token] for token in tokens], -1).flatten(1, 2)
             found[f"{head} at {' and '.join(tokens)}"] = plane_of(points).unflatten(
                 1, (lab.p, lab.p))
@@ -318,6 +318,7 @@ def scatter(ax, plane, residue, p):
     at, zero = torch.view_as_real(plane), residue == 0
     ax.scatter(*at[zero].T, c="black", s=8)
     logs, wave = g.powers(p).argsort()[residue[~zero] - 1], torch.zeros(p - 1, dtype=plane.dtype)
+    # the circle's frequency k: that of the strongest wave in the points' sum by logarithm
     k = torch.fft.fft(wave.index_add(0, logs, plane[~zero]))[1:].abs().argmax() + 1
     return ax.scatter(*at[~zero].T, c=logs * k % (p - 1), cmap="hsv", s=8, vmin=0, vmax=p - 1)
 
@@ -340,15 +341,14 @@ def draw_pca(subplots, lab, found):
 # If not:   it takes no fewer than by residue, the additive group, or in a random order.
 #
 # What the functions are: after one context, a neuron of an MLP or a coordinate of a head's output,
-# at the query's y, is a real function f(x, y) of the query. In the order of u = log x and v = log y
-# it is a sum of characters exp(2 pi i (k u + l v) / m). To multiply x by a number shifts u, and
-# turns a character by a factor: with characters a model can multiply and divide. As f is real, a
-# wave of frequency (k, l) is half that character, half its conjugate: they go in pairs.
+# at the query's y, is a real function f(x, y) of the query, and a sum of characters. To multiply x
+# by a number turns each by a factor: with characters a model can multiply and divide. As f is real,
+# a wave of frequency (k, l) is half that character, half its conjugate: they go in pairs.
 def keep_characters(f, order, mask):
     """Functions f (n, p, p) with only those characters that mask (n, m, m) has, and the mean."""
-    f, at, mask = f.clone(), (..., order[:, None], order), mask.clone()
-    mask[..., 0, 0] = True
-    f[at] = torch.fft.ifft2(torch.fft.fft2(f[at]) * mask).real.to(f)
+    f, at = f.clone(), (..., order[:, None], order)
+    mean = f[at].mean((-2, -1), keepdim=True)
+    f[at] = mean + torch.fft.ifft2(torch.fft.fft2(f[at] - mean) * mask).real.to(f)
     return f
 
 def strongest(f, order, n):
@@ -356,8 +356,9 @@ def strongest(f, order, n):
     (contexts, N, p, p). A character that is its own conjugate is a pair by itself."""
     power, m = character_power(f, order, order).mean(0), len(order)
     index = torch.arange(m * m).view(m, m)
-    power = (power + conjugate(power)) * (index <= conjugate(index))       # one entry for a pair
-    power[:, index == conjugate(index)] /= 2
+    partner = conjugate(index)                                   # where each one's conjugate is
+    power = (power + conjugate(power)) * (index <= partner)      # one entry for a pair
+    power[:, index == partner] /= 2
     best = power.flatten(1).topk(min(n, m * m), dim=1)
     mask = torch.zeros(len(power), m * m, dtype=torch.bool)
     mask = mask.scatter_(1, best.indices, best.values > 0).view_as(power)
@@ -373,8 +374,8 @@ def measure_fourier(lab):
     """"kept": {"site, by order": {n: accuracy_with the n strongest pairs}}; "examples" (2, p, p):
     of heads' coordinates and of neurons that which is most nearly one wave of both x and y."""
     # Which characters are strong is seen in observe()'s contexts, and used in another one.
-    context = [c[-1] for c in contexts(lab, CONTEXTS + 1, lab.k // 2, SEED + 1)]
-    tokens, before, kept = query_grid(*context, lab.p), observe(lab)[0], {}
+    tasks, inputs = contexts(lab, CONTEXTS + 1, lab.k // 2, SEED + 1)
+    tokens, before, kept = query_grid(tasks[-1], inputs[-1], lab.p), observe(lab)[0], {}
     asked = (skill_of(tokens, lab.p)[:, -1] == 1) & (g.grid(lab.p) > 0).all(1)
     seen = record(sites(lab.model), lambda: answers(lab, tokens), slice(-2, -1))
     logarithm, random = orders(lab.p, 1)[:, 0]
@@ -467,15 +468,16 @@ def draw_similarity(subplots, lab, found):
 #           the same with x and y exchanged.)
 # Method:   the last block reads the query's x/y by the inputs of its queries, the examples' x/y by
 #           those of its keys, their z/y by those of its values. Put there what a *donor* has, a run
-#           in which all else differs as well: task, inputs, other lines. The fourth number, y at
-#           the end, is what is left if all three are put into the donor.
+#           with another task and other multipliers. The fourth number, y at the end, is what is
+#           left if all three are put into the donor.
 # If so:    "follows": the answer is what the program says with the donor's number, near 100%.
-#           "stays": it is as before with a donor that has the same number and differs in all else.
+#           "stays": it is as before with a donor that has the same number.
 # If not:   one of the two is low, down to chance.
 def circuit_contexts(lab, n):
     """What a context is made of: tasks (n, 2); of examples on different lines, and last of a query
     on the line of one of them, divisors (n, k) and ratios (n, k); which example that is (n,)."""
-    generator, p, k = torch.Generator().manual_seed(SEED), lab.p, min(lab.k, lab.p - 1, 8)
+    generator, p = torch.Generator().manual_seed(SEED), lab.p
+    k = min(lab.k, p - 1, 8)                                     # k - 1 examples and the query
     tasks = lab.split["test_ood"][(lab.split["test_ood"] > 0).all(1)]
     tasks = tasks[torch.randint(len(tasks), (n,), generator=generator)]
     divisor = torch.randint(1, p, (n, k), generator=generator)
@@ -489,37 +491,27 @@ def quotient(tasks, ratio, p):
     return (tasks[:, :1] + tasks[:, 1:] * ratio) % p
 
 def circuit_donors(context, example, p):
-    """Of each number: a donor that "differs" in it, what the program answers with that donor's
-    number, "follows", and a donor that "shares" it. Donors are contexts: another's tasks and
-    divisors; and its lines, where they may be."""
+    """{number: (a donor in which it is another one, the program's answer with that one, a donor in
+    which it is the same)}. A donor is a context with the tasks and divisors of another."""
     (tasks, divisor, ratio), each = context, torch.arange(len(example))
-    inverse = g.inverses(p)
-    other_tasks, other_divisors = tasks.roll(1, 0), divisor.roll(1, 0)
+    other = other_tasks, other_divisors = tasks.roll(1, 0), divisor.roll(1, 0)
     examples, ours, neighbour = ratio[:, :-1], divisor[:, -1], (example + 1) % (ratio.size(1) - 1)
-    z = quotient(tasks, ratio, p)                                # over the divisor, (n, k)
+    z_over = quotient(tasks, ratio, p)                                               # (n, k)
     # The query's line is that of another example: the answer is fetched there.
     asks_neighbour = torch.cat((examples, examples[each, neighbour][:, None]), 1)
+    there = z_over[each, neighbour] * ours % p
     # Each example has the line of the one before it: what was the query's is now the neighbour's.
     shifted = torch.cat((examples.roll(1, 1), ratio[:, -1:]), 1)
     # Lines on which the other task has our z over the divisor, and our divisor at the query.
-    same_z = (z - other_tasks[:, :1]) * inverse[other_tasks[:, 1:]] % p
+    same_z = (z_over - other_tasks[:, :1]) * g.inverses(p)[other_tasks[:, 1:]] % p
     same_divisor = torch.cat((other_divisors[:, :-1], ours[:, None]), 1)
-    there = z[each, neighbour] * ours % p                        # had it been fetched there
     return {
-        "ratio of the query": {
-            "differs": (other_tasks, other_divisors, asks_neighbour), "follows": there,
-            "shares": (other_tasks, other_divisors, ratio)},
-        "ratios of the examples": {
-            "differs": (other_tasks, other_divisors, shifted), "follows": there,
-            "shares": (other_tasks, other_divisors, ratio)},
-        "z over divisor": {
-            "differs": (other_tasks, other_divisors, shifted),
-            "follows": quotient(other_tasks, shifted, p)[each, example] * ours % p,
-            "shares": (other_tasks, other_divisors, same_z)},
-        "divisor of the query": {
-            "differs": (other_tasks, other_divisors, asks_neighbour),
-            "follows": z[:, -1] * other_divisors[:, -1] % p,
-            "shares": (other_tasks, same_divisor, asks_neighbour)}}
+        "ratio of the query": ((*other, asks_neighbour), there, (*other, ratio)),
+        "ratios of the examples": ((*other, shifted), there, (*other, ratio)),
+        "z over divisor": ((*other, shifted), quotient(other_tasks, shifted, p)[each, example]
+                           * ours % p, (*other, same_z)),
+        "divisor of the query": ((*other, asks_neighbour), z_over[:, -1] * other_divisors[:, -1]
+                                 % p, (other_tasks, same_divisor, asks_neighbour))}
 
 def circuit_tokens(context, divisor, p):
     """The sequences of a context, divisor being "x" or "y": tokens (n, 3k)."""
@@ -534,9 +526,8 @@ def with_numbers(lab, numbers, giver, taker):
     places = {"ratio of the query": (attention.query, slice(-2, -1)),                # its y
               "ratios of the examples": (attention.key, slice(0, -3)),
               "z over divisor": (attention.value, slice(0, -3))}
-    places = {number: places[number] for number in numbers}
-    seen = record({n: module for n, (module, _) in places.items()}, lambda: answers(lab, giver))
-    changes = {module: put(seen[n][:, at], at) for n, (module, at) in places.items()}
+    seen = record({n: places[n][0] for n in numbers}, lambda: answers(lab, giver))
+    changes = {module: put(seen[n][:, at], at) for n in numbers for module, at in [places[n]]}
     return run_with(changes, lambda: answers(lab, taker))[:, -1]
 
 def measure_circuit(lab):
@@ -547,13 +538,12 @@ def measure_circuit(lab):
     *placed, last = donors                        # "divisor of the query" is the last
     for divisor in "xy":
         ours, rows = circuit_tokens(context, divisor, lab.p), {}
-        for number, donor in donors.items():
-            said = []
-            for which in ("differs", "shares"):
-                theirs = circuit_tokens(donor[which], divisor, lab.p)
-                said.append(with_numbers(lab, placed, ours, theirs) if number == last else
-                            with_numbers(lab, [number], theirs, ours))
-            rows[number] = {"follows": (said[0] == donor["follows"]).float().mean().item(),
+        for number, (differs, follows, shares) in donors.items():
+            theirs = [circuit_tokens(donor, divisor, lab.p) for donor in (differs, shares)]
+            # The last block reads the divisor nowhere: put our other numbers into the donor.
+            said = [with_numbers(lab, placed, ours, tokens) if number == last else
+                    with_numbers(lab, [number], tokens, ours) for tokens in theirs]
+            rows[number] = {"follows": (said[0] == follows).float().mean().item(),
                             "stays": (said[1] == ours[:, -1]).float().mean().item()}
         right = answers(lab, ours)[:, -1] == ours[:, -1]
         found.append({"divisor": divisor, "numbers": rows, "nothing": right.float().mean().item()})
@@ -569,8 +559,9 @@ def show_circuit(lab, found):
 # Question: how does a deeper model answer queries whose line no example is on? Does it go by one
 #           *character* of a, its log mod d? Or does it know a sum for some pairs of examples, by
 #           their *offsets*: the query's log(y/x) less theirs?
-# Method:   see below. Inputs are off the axes, except in measure_zeros.
-# If by one character: one weight is far above the others. If by pairs: some are solved.
+# Method:   regress the logits on how far the examples agree; change one example; ask after two
+#           examples alone; exchange heads. Inputs are off the axes, except in measure_zeros.
+# If by one character: one weight has over half of all. If by pairs: some are right in over half.
 # If by neither: no weight stands out, no pair is solved.
 def at_offsets(lab, offsets, run=0):
     """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3). In
@@ -613,8 +604,8 @@ def implied_tasks(tokens, p):
 def characters(order):
     """chi_m(n) = exp(2 pi i m u / (p - 1)), u being the place of n in order (p - 1,), and 0 for
     n = 0: (p, (p - 1) / 2), for m = 1, 2, ...; the others are conjugates of these."""
-    m = len(order)
-    turns = order.argsort()[:, None] * torch.arange(1, m // 2 + 1) / m               # of 1, 2, ...
+    n = len(order)
+    turns = order.argsort()[:, None] * torch.arange(1, n // 2 + 1) / n               # of 1, 2, ...
     return F.pad(torch.exp(2j * torch.pi * turns), (0, 0, 1, 0))
 
 def agreement(values, chi):
@@ -634,7 +625,7 @@ def measure_characters(lab):
     better: the "weights" (M,) of the characters, "share" of the largest, "R^2" beside nulls."""
     tokens, order = off_line(lab, 3, 8 * SEQUENCES), g.powers(lab.p)
     target, chi = log_probabilities(lab, tokens), characters(order)
-    others = torch.cat((tokens[:, :-3].roll(1, 0), tokens[:, -3:]), dim=1)
+    others = torch.cat((tokens[:, :-3].roll(1, 0), tokens[:, -3:]), dim=1)   # another's examples
     implied, foreign = (implied_tasks(t, lab.p) for t in (tokens, others))           # (B, k, p, 2)
     fits = [regress(target, agreement(implied[..., i], chi)) for i in (0, 1)]
     best = int(fits[1][1] > fits[0][1])
@@ -675,9 +666,9 @@ def measure_rule(lab, component):
         values = implied_tasks(tokens, p)[..., "ab".index(component)]                # (B, k, p)
         scores = agreement(values, characters(g.powers(p)))                          # (B, p, M)
         best = (scores > scores.amax(1, keepdim=True) - 1e-4).float()
-        rule = (best / best.sum(1, keepdim=True))[torch.arange(len(tokens)), tokens[:, -1]].mean(0)
-        rows[shots] = {"model": right.float().mean().item()} | {
-            f"order {(p - 1) // m}": rule[m - 1].item() for m in range(1, (p + 1) // 2)
+        chance = (best / best.sum(1, keepdim=True))[torch.arange(len(tokens)), tokens[:, -1]]
+        rows[shots] = {"model": right.float().mean().item()} | {         # of the right answer
+            f"order {(p - 1) // m}": chance[:, m - 1].mean().item() for m in range(1, (p + 1) // 2)
             if (p - 1) % m == 0}
     return rows
 
@@ -717,7 +708,7 @@ def measure_pairs(lab):
     grid = torch.full((m, m), math.nan)
     grid[tuple(pairs.T)] = grid[tuple(pairs.flip(1).T)] = right
     fetched = {"two heads": two, "one head": both & ~two, "not both fetched": ~both}
-    fetched = {name: {"pairs": str(int(which.sum())), "solved": str(int(solved[which].sum())),
+    fetched = {name: {"pairs": f"{which.sum()}", "solved": f"{solved[which].sum()}",
                       "expected": f"{(solved.float().mean() * which.sum()).item():.1f}",
                       "accuracy": right[which].mean().item()} for name, which in fetched.items()}
     heads = {head: " ".join(map(str, f.nonzero()[:, 0].tolist()))
@@ -792,31 +783,14 @@ def show_votes(lab, found):
           f"{found['solved']} pairs are solved")
 
 def draw_votes(subplots, lab, found):
-    fig, (curves, bars, grid, circle) = subplots(1, 4, figsize=(12.5, 3))
-    for name in next(iter(found["shots"].values())):
-        style = "o-k" if name == "model" else "x--"
-        values = [100 * row[name] for row in found["shots"].values()]
-        curves.plot([*found["shots"]], values, style, label=name, lw=1, ms=4)
-    curves.set(title="accuracy (%): model, and largest |sum|", xlabel="shots", ylim=(0, 104))
-    curves.legend(fontsize=6, loc="lower right")
-    m = range(1, len(found["weights"]) + 1)
-    bars.bar(m, found["weights"].tolist())
-    bars.set(title=f"weights of the characters of {found['component']}", xlabel="m, and its order",
-             xticks=m, xticklabels=[f"{i}\n{2 * len(m) // math.gcd(i, 2 * len(m))}" for i in m])
-    bars.tick_params(labelsize=6)
-    image = grid.imshow(100 * found["pairs"].numpy(), vmin=0, vmax=100, origin="lower")
-    grid.set(title=f"two examples, p = {lab.p}", xlabel="offset of one", ylabel="of the other")
-    fig.colorbar(image, ax=grid, label="accuracy (%)", shrink=0.8)
-    angle = np.exp(2j * np.pi * np.arange(lab.p - 1) / (lab.p - 1))
-    for ring, head in enumerate(found["heads"]):
-        at, size = (0.9 - 0.1 * ring) * angle, 80 * found["attention"][lab.heads.index(head)]
-        circle.scatter(at.real, at.imag, size, label=f"head {head}")
-    for offset, at in enumerate(1.2 * angle):
-        circle.annotate(offset, (at.real, at.imag), ha="center", va="center")
-    circle.set(title="attention (area) by offset", aspect="equal", xticks=[], yticks=[],
-               xlim=(-1.4, 1.4), ylim=(-1.4, 1.4))
-    if found["heads"]:
-        circle.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    fig, (left, right) = subplots(1, 2, figsize=(9, 3.6))
+    image = left.imshow(100 * found["pairs"].numpy(), vmin=0, vmax=100, origin="lower")
+    left.set(title="after two examples", xlabel="offset of one", ylabel="offset of the other")
+    fig.colorbar(image, ax=left, label="accuracy (%)")
+    image = right.imshow(100 * found["attention"].numpy(), vmin=0, aspect="auto", cmap="Greys")
+    right.set(title="attention to an example", xlabel="its offset", ylabel="head",
+              yticks=range(len(lab.heads)), yticklabels=lab.heads)
+    fig.colorbar(image, ax=right, label="mean over sequences (%)")
     return {"votes.png": fig}
 
 # ------------------------------------------------------------------------------------- Command line
@@ -857,15 +831,14 @@ def save(out, found):
 
 def pictures(draw, lab, found):
     """{file name: PNG}. Their style is not the user's."""
-    import matplotlib
+    import matplotlib.style
     from matplotlib.figure import Figure                  # without pyplot, which needs a screen
 
     def subplots(*shape, figsize, **how):
         figure = Figure(figsize)
         return figure, figure.subplots(*shape, **how)
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"font.size": 8, "figure.constrained_layout.use": True})
+    style = ["default", {"font.size": 8, "figure.constrained_layout.use": True}]
+    with matplotlib.style.context(style):
         pngs = {}
         for name, figure in draw(subplots, lab, found).items():
             figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
