@@ -889,11 +889,10 @@ def main(argv=None):
             os.makedirs(out, exist_ok=True)
             tempfile.TemporaryFile(dir=out).close()
         analyze(lab, parts, out)
-        print(end="", flush=True)
     except KeyboardInterrupt:
         return 130
     except Exception as e:
-        return g.complain(e, "ask for one part at a time")
+        return g.complain(e)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -138,12 +138,10 @@ def choose_rectangles(p, n, generator, tries=100):
     component with another one: the two can vary apart. Raises BadInput where none is left."""
     free, tasks = torch.ones(p, p, dtype=torch.bool), []
     for a, b in grid(p)[torch.randperm(p * p, generator=generator)].tolist():
-        if len(tasks) == n:
-            break
-        if not free[a, b]:
+        if len(tasks) == n or not free[a, b]:
             continue
         free[a, b] = False                            # so that a' is not a, and b' not b
-        # all (a', b') with the corners (a', b), (a, b') and (a', b') free: (n, 2)
+        # all (a', b') with the corners (a', b), (a, b') and (a', b') free: (choices, 2)
         choices = (free[:, b].unsqueeze(1) & free[a].unsqueeze(0) & free).nonzero()
         if len(choices) > 0:
             a2, b2 = choices[torch.randint(len(choices), (), generator=generator)].tolist()
@@ -160,8 +158,7 @@ def make_split(cfg):
 
     "id" are the pre-training tasks. The others are out of distribution, in two halves (the paper
     has one): best.pt is chosen on "val_ood", the closing report alone has "test_ood". All tasks
-    share the inputs. With more tasks the same seed has the same inputs, and the tasks it had
-    unless choose_rectangles has to start over."""
+    share the inputs. With more tasks the same seed has the same inputs."""
     generator, p = torch.Generator().manual_seed(cfg.seed), cfg.p
     inputs, others = (grid(p)[torch.randperm(p * p, generator=generator)] for _ in range(2))
     tasks = choose_rectangles(p, cfg.tasks, generator)
@@ -197,18 +194,18 @@ def solvable(tokens, p):
     ratio = helps.tril(-1).any(-1)                               # an example before the query does
     # Two examples on different lines: the later of them is off the line of an earlier one.
     second = (cross != 0).tril(-1).any(-1)                                           # (B, k)
-    both = second.cumsum(1) > second.int()                       # one of them is before the query
+    both = second.cumsum(1) - second.int() > 0                   # one of them is before the query
     return ratio, ratio | both | origin
 
 # ------------------------------------------------------------- 4. Model: a decoder-only transformer
-# No output of the last block is ever read but at the tokens that ask for the next one: at each y.
+# The last block works only at tokens whose next one is predicted: at each y, to predict the z.
 EVERY_TOKEN, EACH_Y = slice(None), slice(1, None, 3)     # which tokens of x y z x y z ... ask
 
 def rotary_tables(places, width, base):
     """cos and sin of place * frequency, (T, width / 2): one for each pair of a head's numbers.
 
-    The first pairs turn fast and tell places apart. The last ones hardly turn at all, so that they
-    are free to compare what tokens say; with a larger base more of them are."""
+    The first pairs turn fast and tell places apart. The last ones hardly turn at all, and are free
+    to compare what tokens say. A larger base gives more of these."""
     steps = torch.arange(0, width, 2, dtype=torch.float32, device=places.device)
     frequencies = base ** (-steps / width)                       # from 1 to 1 / base, (D / 2,)
     angles = torch.outer(places, frequencies)
@@ -274,10 +271,9 @@ class GPT(nn.Module):
                 nn.init.normal_(weight, std=cfg.init_std / shrink)
 
     def forward(self, tokens, asking=EACH_Y, places=None):
-        """Logits of the token after each that asks in the last block: tokens (B, T) -> (B, Q, p).
+        """Logits of the token after each that `asking` selects: tokens (B, T) -> (B, Q, p).
 
-        A z is predicted at the y before it, so by default Q = k, one y in each example. places
-        (T,): where the tokens stand, by default at 0, 1, 2, ..."""
+        By default at each y, so that Q = k. places (T,): where tokens stand, else 0, 1, 2, ..."""
         if places is None:
             places = torch.arange(tokens.size(1), device=tokens.device)
         cos, sin = rotary_tables(places, self.head_width, self.rope_base)            # (T, D / 2)
@@ -303,8 +299,8 @@ class GPT(nn.Module):
 #     each line once       find two good ones among many
 #     free                 the paper's training
 #
-# and as a review alone the axes: 0 has no logarithm, so that a model which divides by y, say, fails
-# where y = 0. Without reviews, what was learned before would be forgotten.
+# The axes come only as a review: 0 has no logarithm, so that they are in no row, and a model which
+# divides by y, say, fails where y = 0. Without reviews, what was learned before would be forgotten.
 
 @dataclass
 class Lesson:
@@ -350,7 +346,7 @@ def lessons(cfg):
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
-    if not lesson.reviews or step % 2 == 1:           # a lesson is tested after odd steps: its own
+    if not lesson.reviews or step % 2 == 1:           # is_learned looks only after odd steps
         return lesson
     return lesson.reviews[step // 2 % len(lesson.reviews)]
 
@@ -393,8 +389,9 @@ def training_batch(split, input_lines, lesson, cfg, generator):
     order = torch.cat([torch.randperm(len(tasks), **rng) for _ in range(rounds)])[:B]
     n = rounds if cfg.shared_inputs else B                       # sets of inputs to draw
     allowed = allowed_lines(lesson, n, k, input_lines, cfg.p, rng)
-    weights = allowed[:, :, input_lines].flatten(0, 1)           # of each input: (n or n k, inputs)
-    draws = k // allowed.size(1)                                 # k or 1
+    # multinomial wants a row for each set of inputs (k draws), or one for each input of it (1 draw)
+    weights = allowed[:, :, input_lines].flatten(0, 1)                       # (n or n k, inputs)
+    draws = k // allowed.size(1)
     chosen = torch.multinomial(weights, draws, replacement=True, generator=generator).view(n, k)
     if cfg.shared_inputs:                                        # one set each time through
         chosen = chosen.repeat_interleave(len(tasks), 0)[:B]
@@ -431,6 +428,9 @@ def is_learned(lesson, batch, logits, p):
     return bool(right.sum() > lesson.enough * solved.sum())
 
 # ------------------------------------------------------------------------------------ 6. Evaluation
+# `run` is a training's state, see make_run: its split, model, optimizers, generator, device, the
+# step, the evaluations so far (history), and the step at which each lesson was learned (learned).
+
 def eval_sequences(split, ood, n, k, p, seed):
     """The four sets of the paper as token sequences, {name: (n, 3k)}; ood: "val_ood" or "test_ood".
 
@@ -445,7 +445,7 @@ def eval_sequences(split, ood, n, k, p, seed):
     return sets
 
 def accuracy(hits, tokens):
-    """Mean of hits (B, k), bools or scores, at each shot over all and novel queries: (2, k)."""
+    """Mean of hits (B, k), bools or scores, at each shot: (2, k), over all queries, then novel."""
     novel = torch.cat([novel_queries(t) for t in tokens.split(CHUNK)])
     chosen = torch.stack((torch.ones_like(novel), novel))                            # (2, B, k)
     return (hits * chosen).sum(1).cpu().double() / chosen.sum(1).cpu()
@@ -461,9 +461,10 @@ def evaluate(predict, tokens):
     hits = [predict(t[:, :-1]).argmax(-1) == t[:, 2::3] for t in tokens.split(CHUNK)]
     return accuracy(torch.cat(hits), tokens)
 
-def phase(model, ratio, p):
-    """Phase (figure 1b) of four novel-query accuracies; good: halfway to Ratio Matching's."""
-    good = tuple(bool(m >= (1 / p + r) / 2) for m, r in zip(model, ratio, strict=True))
+def phase(accuracies, ratio, p):
+    """Phase (figure 1b) of four novel-query accuracies; good: halfway from chance to Ratio
+    Matching's."""
+    good = tuple(bool(m >= (1 / p + r) / 2) for m, r in zip(accuracies, ratio, strict=True))
     names = {  # good on i.d. tasks, train and test inputs, and on o.o.d. tasks, train and test
         (True, False, False, False): "in-distribution memorization",
         (True, True, False, False): "in-distribution generalization",
@@ -500,10 +501,9 @@ def evaluate_and_save(run, cfg, sets, loss, title):
 
 def report(run, cfg):
     """Evaluate and print the best checkpoint: in this file the only look at the *test* tasks."""
-    lesson = current_lesson(run, cfg)
-    if lesson != lessons(cfg)[-1]:
-        print(f'\nThe run ends at step {run.step} within the lesson "{lesson.name}". Try more '
-              "--tasks, more --depth or another --seed.")
+    if not in_last_lesson(run, cfg):
+        print(f"\nThe run ends at step {run.step} within the lesson "
+              f'"{current_lesson(run, cfg).name}". Try more --tasks or another --seed.')
     best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
     print(f"\nBest step {best['step']} of {run.step}. Accuracy on novel queries after "
           f"{cfg.examples - 1} shots, in %\n{'':27} model  ratio  regression")
@@ -515,17 +515,18 @@ def report(run, cfg):
         found.append([curve[1, -1].item() for curve in curves])
         label = f"{'i.d.' if name[:2] == 'id' else 'o.o.d.'} tasks, {name.split('_')[-1]} inputs"
         print(f"{label:27}" + "{:6.1f} {:6.1f} {:10.1f}".format(*(100 * a for a in found[-1])))
-    model, ratio, _ = zip(*found)
-    print(f"Phase: {phase(model, ratio, cfg.p)} (o.o.d.: test tasks; chance {100 / cfg.p:.1f}%)")
+    accuracies, ratio, _ = zip(*found)
+    print(f"Phase: {phase(accuracies, ratio, cfg.p)} "
+          f"(o.o.d.: test tasks; chance {100 / cfg.p:.1f}%)")
 
 # -------------------------------------------------------------------------------------- 7. Training
 def make_optimizers(model, cfg):
     """Muon for the blocks' matrices (or AdamW, as in the paper), AdamW for the rest; a list.
 
-    Adam scales each number of a gradient by itself; Muon looks at the gradient of a matrix as a
-    whole. Averaged over steps, it is large along a few directions and small along the others. Muon
-    replaces it by the nearest orthogonal matrix, in which all directions are equally large. So a
-    direction that is rarely asked for is learned as fast. LayerNorm's weights do not decay."""
+    Adam scales each number of a gradient by itself; Muon looks at that of a matrix as a whole. Its
+    average over steps is large along a few directions and small along the others. Muon takes the
+    nearest orthogonal matrix instead, in which all are equally large. So a direction that is rarely
+    asked for is learned as fast. LayerNorm's weights do not decay."""
     embedding = model.embedding.weight
     matrices = [w for w in model.parameters() if w.ndim == 2 and w is not embedding]
     groups = [dict(params=[embedding], lr=cfg.embd_lr, weight_decay=cfg.wd),
@@ -542,23 +543,24 @@ def make_optimizers(model, cfg):
     return optimizers
 
 def current_lesson(run, cfg):
-    """run.learned lists the step at which each lesson so far was learned."""
     return lessons(cfg)[len(run.learned)]
+
+def in_last_lesson(run, cfg):
+    return len(run.learned) == len(lessons(cfg)) - 1
 
 def last_step(run, cfg):
     """The step at which a lesson's time is over, or, in the last lesson, the training."""
     began = run.learned[-1] if run.learned else 0
-    is_last = len(run.learned) == len(lessons(cfg)) - 1
-    return began + (cfg.steps if is_last else LESSON_STEPS)
+    return began + (cfg.steps if in_last_lesson(run, cfg) else LESSON_STEPS)
 
 def lr_factor(run, cfg):
-    """The learning rate as a share of its peak. It rises over cfg.warmup steps, while the moments
-    of the optimizers are still guesses, is what the lesson says, and in the last lesson falls like
-    half a cosine."""
+    """The learning rate as a share of its peak: a linear rise over cfg.warmup steps, while the
+    moments of the optimizers are still guesses; then the lesson's; in the last lesson half a cosine
+    down to cfg.lr_end of it."""
     lesson, end = current_lesson(run, cfg), last_step(run, cfg)
     if run.step < cfg.warmup:
         return lesson.rate * (0.01 + 0.99 * run.step / cfg.warmup)   # not 0: step 0 learns, too
-    if lesson != lessons(cfg)[-1]:
+    if not in_last_lesson(run, cfg):
         return lesson.rate
     begin = max(cfg.warmup, end - cfg.steps)
     fallen = (1 - math.cos(math.pi * (run.step - begin) / (end - begin))) / 2        # 0 to 1
@@ -600,7 +602,7 @@ def train(run, cfg):
             if run.step % LOOK_EVERY == 0:            # a GPU waits here, so not at every step
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
                 bar.total = last_step(run, cfg)
-                learned = (today == lesson and lesson != lessons(cfg)[-1]
+                learned = (today == lesson and not in_last_lesson(run, cfg)
                            and is_learned(lesson, batch, logits, cfg.p))
             if learned:
                 run.learned.append(run.step)
@@ -632,17 +634,12 @@ def mixed_precision(cfg, device):
 
 STATE = ("split", "step", "learned", "history")       # of a run, beside weights and moments
 
-def new_model(cfg):
-    """A GPT with the seed's initial weights; the process's own random numbers stay as they are."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        return GPT(cfg)
-
 def make_run(cfg, checkpoint=None):
     """A run's state, new or from a checkpoint; BadInput if that doesn't fit cfg."""
     device = pick_device(cfg.device)
+    torch.manual_seed(cfg.seed)                                  # of the initial weights
     run = SimpleNamespace(
-        split=make_split(cfg), device=device, model=new_model(cfg).to(device),
+        split=make_split(cfg), device=device, model=GPT(cfg).to(device),
         generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[], learned=[])
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast = mixed_precision(cfg, device)
@@ -666,7 +663,7 @@ def write_file(path, content):
 def save(run, cfg, name):
     """Write all of the run and its config to cfg.out/name, unless a weight isn't finite."""
     if not all(w.isfinite().all() for w in run.model.parameters()):
-        raise FloatingPointError(f"at step {run.step} weights not finite; lower --lr or --embd-lr")
+        raise BadInput(f"--lr {cfg.lr}: at step {run.step} weights not finite; lower rates")
     state = {key: getattr(run, key) for key in STATE}
     state |= dict(config=asdict(replace(cfg, resume=False)), device=run.device.type,
                   model=run.model.state_dict(),
@@ -683,7 +680,7 @@ def load_checkpoint(path, device="cpu"):
     with refusing(f"{path}: damaged, or of another version of the code"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no foreign code
         known = {k: v for k, v in checkpoint["config"].items() if k in NAMES}
-        model = new_model(cfg := Config(**known))
+        model = GPT(cfg := Config(**known))
         model.load_state_dict(checkpoint["model"])
     return checkpoint, cfg, model.to(device)
 
@@ -726,19 +723,14 @@ def parse_config(argv=None):
     return cfg
 
 def checkpoint_of(cfg):
-    """last.pt of the run in cfg.out, to go on from, or None if there is no run. BadInput if there
-    is one and no --resume."""
-    files = [name for name in ("metrics.csv", "best.pt", "last.pt")
-             if os.path.exists(os.path.join(cfg.out, name))]
-    if files and not cfg.resume:
-        raise BadInput(f"--out {cfg.out}: holds a run. The same command with --resume goes on with "
-                       "it; to start afresh, take another --out")
-    if not files:
+    """last.pt of the run in cfg.out, to go on from, or None if the folder is new or empty. BadInput
+    if it isn't, and there is no --resume or no last.pt."""
+    if not os.path.isdir(cfg.out) or not os.listdir(cfg.out):
         return None
-    checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))[0]
-    if checkpoint.get("history"):                     # the closing report will want best.pt
-        load_checkpoint(os.path.join(cfg.out, "best.pt"))
-    return checkpoint
+    if not cfg.resume:
+        raise BadInput(f"--out {cfg.out}: holds a run, or other files. The same command with "
+                       "--resume goes on with a run; to start afresh, take another --out")
+    return load_checkpoint(os.path.join(cfg.out, "last.pt"))[0]
 
 def check_settings(cfg):
     """Raise BadInput, naming flag, value and what is accepted, if no run can have them."""
@@ -761,20 +753,12 @@ def check_settings(cfg):
     need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
          "auto, lines or none with --p 3 or --examples 2: a pair needs a third line")
 
-def complain(error, remedy="make --batch, --examples or --embd smaller"):
-    """Print an error that is no bug as one line and return the exit code. A bug is raised again."""
-    if isinstance(error, BrokenPipeError):            # piped into head, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13                               # as SIGPIPE would end it
-    line = " ".join(str(error).split())
-    if isinstance(error, (OSError, FloatingPointError)):
-        line += "; the files saved before are whole"
-    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in line:
-        line = f"out of memory; {remedy}"
-    elif not isinstance(error, BadInput):
+def complain(error):
+    """Print a BadInput as one line and return the exit code. A bug is raised again."""
+    if not isinstance(error, BadInput):
         raise error
-    print("error: " + line, file=sys.stderr)
-    return 2 if isinstance(error, BadInput) else 1
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
 
 def main(argv=None):
     """Parse, train, report. Returns the exit code or None; what goes wrong is a line on stderr."""
@@ -788,7 +772,6 @@ def main(argv=None):
               f"{cfg.seed}; torch {torch.__version__} on {run.device}; {cfg.out}", flush=True)
         train(run, cfg)
         report(run, cfg)
-        print(end="", flush=True)                     # so that a closed pipe is noticed here
     except KeyboardInterrupt:
         print("\nStopped. The same command with --resume goes on from the last evaluation.")
         return 130

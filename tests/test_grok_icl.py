@@ -787,11 +787,6 @@ def test_training_keeps_what_it_promises(tmp_path):
     differs = run(["--resume", "--out", str(out), "--lr", "0.5"])
     assert differs.returncode == 2 and "--lr 0.5" in differs.stderr and "0.01" in differs.stderr
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
-    os.replace(out / "best.pt", tmp_path / "best.pt")            # the report will need it
-    lost = run(["--resume", "--out", str(out)])
-    assert lost.returncode == 2 and "best.pt" in lost.stderr
-    assert lost.stdout == ""                                     # before any work
-    os.replace(tmp_path / "best.pt", out / "best.pt")
     same = run(["--resume", "--out", str(out)])                  # a finished run reports once more
     assert same.returncode == 0
     assert (same.stdout[same.stdout.index("Best step"):]
@@ -811,7 +806,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
     cfg = tiny(out=str(tmp_path))
     run = g.make_run(cfg)
     at_step(monkeypatch, 8, breaking)
-    with pytest.raises(FloatingPointError, match="at step 8 weights not finite"):
+    with pytest.raises(g.BadInput, match="at step 8 weights not finite"):
         g.train(run, cfg)
     for name in ("last.pt", "best.pt"):
         checkpoint = torch.load(tmp_path / name, weights_only=True)
@@ -888,19 +883,12 @@ def no_space(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("action, words", [
-    (lambda: torch.empty(2 ** 50), ["out of memory", "--batch"]),         # torch's own error
-    (raising(torch.OutOfMemoryError("CUDA out of memory")), ["out of memory", "--batch"]),
-    (raising(MemoryError()), ["out of memory", "--embd"]),
-    (raising(FloatingPointError("at step 5 weights not finite")), ["not finite"]),
-    (no_space, ["No space left"]),
-])
-def test_what_runs_out_is_one_line_and_loses_nothing(action, words, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOSPC, "No space left")])
+def test_what_runs_out_loses_nothing(error, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        at_step(patch, 6, action)
-        assert g.main([*TINY_FLAGS, "--out", str(tmp_path)]) == 1
-    (line,) = one_error(capsys.readouterr().err)
-    assert all(word in line for word in words)
+        at_step(patch, 6, raising(error))
+        with pytest.raises(type(error)):
+            g.main([*TINY_FLAGS, "--out", str(tmp_path)])
     assert g.load_checkpoint(tmp_path / "last.pt")[0]["step"] == 4
     assert g.main(["--resume", "--out", str(tmp_path)]) is None
 
@@ -911,26 +899,16 @@ def test_a_full_disk_leaves_whole_files(writes, tmp_path, monkeypatch, capsys):
     done, replace = itertools.count(1), os.replace
     monkeypatch.setattr(g.os, "replace",
                         lambda *f: no_space() if next(done) >= writes else replace(*f))
-    assert g.main([*TINY_FLAGS, "--out", str(tmp_path)]) == (2 if writes == 1 else 1)
-    (line,) = one_error(capsys.readouterr().err)
-    assert "No space left" in line
+    argv = [*TINY_FLAGS, "--out", str(tmp_path)]
+    if writes == 1:                                              # nothing is trained yet
+        assert g.main(argv) == 2 and "No space left" in capsys.readouterr().err
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            g.main(argv)
     names = {f.name for f in tmp_path.iterdir() if f.suffix != ".tmp"}
     assert names <= {"last.pt", "best.pt", "metrics.csv"} and ("last.pt" in names) == (writes > 1)
     for name in names - {"metrics.csv"}:
         g.load_checkpoint(tmp_path / name)
-
-
-def test_output_that_nobody_reads_to_its_end_is_no_error(tmp_path):
-    """As in python grok_icl.py | head -1."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "grok_icl.py"), *TINY_FLAGS,
-                                "--out", str(tmp_path)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline().startswith("p 5")
-    process.stdout.close()
-    with process.stderr:
-        stderr = process.stderr.read()
-    assert process.wait() == 141 and "Traceback" not in stderr and "BrokenPipe" not in stderr
-    g.load_checkpoint(tmp_path / "last.pt")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harness forks")
@@ -954,15 +932,6 @@ def test_nothing_is_made_for_a_run_that_can_not_be(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert g.main([*TINY_FLAGS, "--device", "cuda:99", "--out", "new/run"]) == 2
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_notebook_keeps_its_random_numbers_and_its_output(fails, tmp_path, monkeypatch, capsys):
-    if fails:
-        monkeypatch.setattr(g, "train", lambda *args: no_space())
-    state, stdout = torch.get_rng_state(), sys.stdout
-    assert g.main([*TINY_FLAGS, "--out", str(tmp_path)]) == (1 if fails else None)
-    assert torch.equal(torch.get_rng_state(), state) and sys.stdout is stdout
 
 
 def test_one_command_starts_a_run_and_goes_on_with_it(tmp_path, monkeypatch):
@@ -1159,7 +1128,7 @@ def test_resume_with_the_same_preset_keeps_what_was_set(tmp_path, monkeypatch):
     assert g.parse_config(resume + ["--eval-every", "7"]).eval_every == 7
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "best.pt"])
+@pytest.mark.parametrize("name", ["metrics.csv", "best.pt", "notes.txt"])
 def test_what_is_left_of_a_run_is_not_overwritten(name, tmp_path, capsys):
     (tmp_path / name).write_text("mine")
     assert g.main([*TINY_FLAGS, "--out", str(tmp_path)]) == 2
