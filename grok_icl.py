@@ -295,8 +295,8 @@ class GPT(nn.Module):
 #
 #     1, 2, 4, ... lines   divide; then find the example on the query's line
 #     row                  combine the two preceding examples
-#     neighbours           four lines of a row in any order: tell the examples by their lines
-#     each line once       find two good ones among many
+#     row with gaps        the same without relying on their distance
+#     each line once       find the two anywhere
 #     free                 the paper's training
 #
 # The axes come only as a review: 0 has no logarithm, so that they are in no row, and a model which
@@ -309,8 +309,7 @@ class Lesson:
     lines: int                   # through the origin that a sequence may have
     examples: int                # in a sequence, if cfg.examples allows
     order: str = "any"           # any: each example on any of the lines; row: on lines r, rh, ...;
-    #                              mixed: the same in random order; once: no two of all lines alike,
-    #                              in random order; axis: all on one axis
+    #                              once: no two on one line, in random order; axis: all on one axis
     more: int = 1                # times the usual number of sequences
     gaps: bool = False           # between examples, random ones
     score_y: bool = False        # the loss is of y, too
@@ -337,12 +336,11 @@ def lessons(cfg):
         return [*lines, free]
     few = min(8, p - 1)
     row = Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, rate=0.8, reviews=(free,))
-    mixed = Lesson("neighbours", 4, 4, "mixed", skill=REGRESSION, enough=0.4, rate=0.6,
-                   reviews=(free, row))
+    gaps = replace(row, name="row with gaps", gaps=True)
     axis = Lesson("axis", 1, 8, "axis")
     once = Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, rate=0.4,
-                  enough=0.35, reviews=(free, mixed, axis))      # free sequences teach the rest
-    return [*lines, row, mixed, once, replace(free, rate=0.4, reviews=(once, axis))]
+                  enough=0.35, reviews=(free, gaps, axis))       # free sequences teach the rest
+    return [*lines, row, gaps, once, replace(free, rate=0.4, reviews=(once, axis))]
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
@@ -370,10 +368,8 @@ def allowed_lines(lesson, n, k, input_lines, p, rng):
     elif lesson.order == "once":
         line = torch.rand(n, p + 1, **rng).argsort(1)[:, :k]
     else:                                                        # a row, by logarithms
-        first, place = torch.randint(p - 1, (n, 1), **rng), torch.arange(k, device=rng["device"])
-        if lesson.order == "mixed":
-            place = torch.rand(n, k, **rng).argsort(1)
-        log = first + place                                                          # (n, k)
+        first = torch.randint(p - 1, (n, 1), **rng)
+        log = first + torch.arange(k, device=first.device)                           # (n, k)
         line = powers(p).to(first.device)[log % (p - 1)]
     # Where none of a line's inputs is trained on, one of another line will do.
     return F.one_hot(line, p + 1).float().clamp(min=1e-6)

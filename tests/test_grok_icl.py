@@ -238,19 +238,6 @@ def test_in_a_row_each_line_is_the_next_power_of_one_generator(shared):
     assert {*rows(sequences[..., :2].flatten(0, 1))} <= {*rows(split["train_inputs"])}
 
 
-def test_neighbours_are_four_lines_of_a_row_in_any_order():
-    p, cfg = 13, tiny(p=13, tasks=12, batch=200, examples=20)
-    split, in_row = batch_of(cfg, lesson(cfg, "row"))
-    _, sequences = batch_of(cfg, lesson(cfg, "neighbours"))
-    u, v = [slope(x, y, p) for x, y, _ in in_row[0].tolist()][:2]
-    h, orders = v * pow(u, -1, p) % p, set()
-    for sequence in sequences.tolist():
-        slopes = [slope(x, y, p) for x, y, _ in sequence]
-        [first] = [r for r in range(1, p) if {*slopes} == {r * h**i % p for i in range(4)}]
-        orders.add(tuple([first * h**i % p for i in range(4)].index(r) for r in slopes))
-    assert len(orders) == 24
-
-
 def test_each_line_comes_once_in_any_order():
     p, cfg = 7, tiny(p=7, tasks=12, batch=60, examples=20)
     _, sequences = batch_of(cfg, lesson(cfg, "each line once"))
