@@ -189,7 +189,7 @@ def test_skills_of_a_snapshot_are_told_apart(algorithm):
             assert combines == 1 and matches > 0.9
 
 
-def test_the_lessons_of_a_run_are_drawn(tmp_path, monkeypatch):
+def test_pictures_of_lessons_are_drawn_from_snapshots(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     cfg = config(out=str(tmp_path / "run"), snapshots=True, lessons="lines", batch=4)
     run = g.make_run(cfg)
