@@ -726,7 +726,10 @@ def checkpoint_of(cfg):
     if not cfg.resume:
         raise BadInput(f"--out {cfg.out}: holds a run, or other files. The same command with "
                        "--resume goes on with a run; to start afresh, take another --out")
-    return load_checkpoint(os.path.join(cfg.out, "last.pt"))[0]
+    checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))[0]
+    if checkpoint["history"]:                         # the closing report will want best.pt
+        load_checkpoint(os.path.join(cfg.out, "best.pt"))
+    return checkpoint
 
 def check_settings(cfg):
     """Raise BadInput, naming flag, value and what is accepted, if no run can have them."""

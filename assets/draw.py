@@ -282,6 +282,8 @@ def lessons(run="out/regression-small"):
     import grok_icl as g
     labs = [(int(re.sub(r"\D", "", os.path.basename(f))), a.open_lab(f))
             for f in glob.glob(os.path.join(run, "step*.pt"))]
+    if not labs:
+        raise g.BadInput(f"{run}: no snapshots; train with --preset regression-small --snapshots")
     labs.sort(key=lambda step_and_lab: step_and_lab[0])
     steps, curves = [step for step, _ in labs], zip(*(accuracy_by_skill(lab) for _, lab in labs))
     cfg, ended = labs[-1][1].cfg, g.load_checkpoint(os.path.join(run, "last.pt"))[0]["learned"]

@@ -774,6 +774,10 @@ def test_training_keeps_what_it_promises(tmp_path):
     differs = run(["--resume", "--out", str(out), "--lr", "0.5"])
     assert differs.returncode == 2 and "--lr 0.5" in differs.stderr and "0.01" in differs.stderr
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+    os.replace(out / "best.pt", tmp_path / "best.pt")            # the report will need it
+    lost = run(["--resume", "--out", str(out)])
+    assert lost.returncode == 2 and "best.pt" in lost.stderr and lost.stdout == ""
+    os.replace(tmp_path / "best.pt", out / "best.pt")
     same = run(["--resume", "--out", str(out)])                  # a finished run reports once more
     assert same.returncode == 0
     assert (same.stdout[same.stdout.index("Best step"):]
