@@ -503,15 +503,16 @@ def circuit_donors(context, example, p):
     # Each example has the line of the one before it: what was the query's is now the neighbour's.
     shifted = torch.cat((examples.roll(1, 1), ratio[:, -1:]), 1)
     # Lines on which the other task has our z over the divisor, and our divisor at the query.
+    theirs = quotient(other_tasks, shifted, p)[each, example] * ours % p
     same_z = (z_over - other_tasks[:, :1]) * g.inverses(p)[other_tasks[:, 1:]] % p
     same_divisor = torch.cat((other_divisors[:, :-1], ours[:, None]), 1)
+    their_divisor = other_divisors[:, -1]
     return {
         "ratio of the query": ((*other, asks_neighbour), there, (*other, ratio)),
         "ratios of the examples": ((*other, shifted), there, (*other, ratio)),
-        "z over divisor": ((*other, shifted), quotient(other_tasks, shifted, p)[each, example]
-                           * ours % p, (*other, same_z)),
-        "divisor of the query": ((*other, asks_neighbour), z_over[:, -1] * other_divisors[:, -1]
-                                 % p, (other_tasks, same_divisor, asks_neighbour))}
+        "z over divisor": ((*other, shifted), theirs, (*other, same_z)),
+        "divisor of the query": ((*other, asks_neighbour), z_over[:, -1] * their_divisor % p,
+                                 (other_tasks, same_divisor, asks_neighbour))}
 
 def circuit_tokens(context, divisor, p):
     """The sequences of a context, divisor being "x" or "y": tokens (n, 3k)."""
@@ -666,8 +667,9 @@ def measure_rule(lab, component):
         values = implied_tasks(tokens, p)[..., "ab".index(component)]                # (B, k, p)
         scores = agreement(values, characters(g.powers(p)))                          # (B, p, M)
         best = (scores > scores.amax(1, keepdim=True) - 1e-4).float()
+        # how likely the rule gives the right answer, if it guesses among the best: (B, M)
         chance = (best / best.sum(1, keepdim=True))[torch.arange(len(tokens)), tokens[:, -1]]
-        rows[shots] = {"model": right.float().mean().item()} | {         # of the right answer
+        rows[shots] = {"model": right.float().mean().item()} | {
             f"order {(p - 1) // m}": chance[:, m - 1].mean().item() for m in range(1, (p + 1) // 2)
             if (p - 1) % m == 0}
     return rows
@@ -891,7 +893,7 @@ def main(argv=None):
         analyze(lab, parts, out)
     except KeyboardInterrupt:
         return 130
-    except Exception as e:
+    except g.BadInput as e:
         return g.complain(e)
 
 if __name__ == "__main__":

@@ -670,7 +670,7 @@ def save(run, cfg, name):
 
 def load_checkpoint(path, device="cpu"):
     """(dict, Config, GPT on device) of this program's checkpoint at path; else BadInput. Settings
-    that are no more are dropped, and new ones have their defaults: they are about training."""
+    that are no more are dropped; new ones have their defaults, as older models were trained."""
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such file")
     with refusing(f"{path}: damaged, or of another version of the code"):
@@ -753,9 +753,7 @@ def check_settings(cfg):
          "auto, lines or none with --p 3 or --examples 2: a pair needs a third line")
 
 def complain(error):
-    """Print a BadInput as one line and return the exit code. A bug is raised again."""
-    if not isinstance(error, BadInput):
-        raise error
+    """Print a BadInput as one line and return the exit code."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return 2
 
@@ -774,7 +772,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nStopped. The same command with --resume goes on from the last evaluation.")
         return 130
-    except Exception as e:
+    except BadInput as e:
         return complain(e)
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
