@@ -727,7 +727,7 @@ def checkpoint_of(cfg):
         raise BadInput(f"--out {cfg.out}: holds a run, or other files. The same command with "
                        "--resume goes on with a run; to start afresh, take another --out")
     checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))[0]
-    if checkpoint["history"]:                         # the closing report will want best.pt
+    if checkpoint.get("history"):                     # the closing report will want best.pt
         load_checkpoint(os.path.join(cfg.out, "best.pt"))
     return checkpoint
 
