@@ -208,7 +208,7 @@ def attention_to_line(weights, tokens, p):
     weights (B, H, k, 3k); over novel queries with some, not all, examples on their line."""
     inputs = tokens.unflatten(1, (-1, 3))[..., :2]                                   # (B, k, 2)
     # -1, no line, for (0, 0): it is on all of them, and as an example it is of no use.
-    line = g.line_of(inputs, p).masked_fill((g.features(inputs, p) == 0).all(-1), -1)    # (B, k)
+    line = g.line_of(inputs, p).masked_fill((inputs == 0).all(-1), -1)               # (B, k)
     same = (line[:, :, None] == line[:, None]).tril(-1)          # (B, query, example)
     shots = torch.arange(line.size(1))
     counts = g.novel_queries(tokens) & (same.sum(-1) > 0) & (same.sum(-1) < shots)   # (B, k)
@@ -810,12 +810,9 @@ def open_lab(path):
     """What every part needs: a model, its config, its split."""
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     checkpoint, cfg, model = g.load_checkpoint(file)
-    as_in_the_paper = torch.equal(g.features(g.grid(cfg.p), cfg.p), g.grid(cfg.p))
     nonzero = bool((checkpoint["split"]["test_ood"] > 0).all(1).any())
-    possible = {"votes": as_in_the_paper and cfg.p > 5 and cfg.examples > 4 and nonzero,
-                "circuit": as_in_the_paper and cfg.p > 3 and cfg.examples > 2 and (
-                    nonzero and cfg.depth == 2),
-                "similarity": as_in_the_paper}
+    possible = {"votes": cfg.p > 5 and cfg.examples > 4 and nonzero,
+                "circuit": cfg.p > 3 and cfg.examples > 2 and nonzero and cfg.depth == 2}
     return SimpleNamespace(
         model=model, cfg=cfg, p=cfg.p, k=cfg.examples, observed=None,
         heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
@@ -883,8 +880,7 @@ def main(argv=None):
         for part in parts:
             if part not in lab.parts:
                 raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: five examples, p "
-                                 "above 5; circuit: two blocks; both and similarity: the paper's "
-                                 "rule)")
+                                 "above 5; circuit: two blocks)")
         out = args.out or (args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         with g.refusing(f"--out {out}: can't be written"):

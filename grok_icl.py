@@ -103,15 +103,9 @@ def grid(p):
     """All p*p pairs of residues, (p*p, 2): the tasks (a, b), and also the inputs (x, y)."""
     return torch.cartesian_prod(torch.arange(p), torch.arange(p))
 
-def features(inputs, p):
-    """A place for other rules: z = a u + b v is linear in what this returns, the residues (u, v),
-    (..., 2). Here they are x and y. For z = a x^2 + b y return, in place of the inputs,
-    torch.stack((inputs[..., 0] ** 2 % p, inputs[..., 1]), dim=-1); all else follows."""
-    return inputs
-
 def to_tokens(tasks, inputs, p):
     """Tasks (B, 2) and inputs (B, k, 2), both residues -> tokens x y z x y z ... (B, 3k)."""
-    z = (tasks[:, None] * features(inputs, p)).sum(-1, keepdim=True) % p                # (B, k, 1)
+    z = (tasks[:, None] * inputs).sum(-1, keepdim=True) % p                          # (B, k, 1)
     return torch.cat((inputs, z), dim=-1).flatten(1)                                 # (B, 3k)
 
 def inverses(p):
@@ -119,9 +113,9 @@ def inverses(p):
     return torch.tensor([0] + [pow(n, -1, p) for n in range(1, p)])
 
 def line_of(inputs, p):
-    """The line through the origin of inputs (..., 2): their features' ratio v/u, or p if u = 0."""
-    u, v = features(inputs, p).unbind(-1)
-    return torch.where(u > 0, v * inverses(p).to(u.device)[u] % p, p)                # (...)
+    """The line through the origin of inputs (..., 2): their ratio y/x, or p if x = 0."""
+    x, y = inputs.unbind(-1)
+    return torch.where(x > 0, y * inverses(p).to(x.device)[x] % p, p)                # (...)
 
 def powers(p):
     """The nonzero residues by discrete logarithm, base**0, base**1, ...: (p - 1,). The base is the
@@ -183,13 +177,13 @@ RATIO, REGRESSION = 0, 1      # the order in which the next function returns the
 def solvable(tokens, p):
     """What the examples before each query determine, exactly: two bool tensors (B, k).
 
-    Ratio Matching answers (u, v) = c (u_i, v_i) with c z_i: it needs an earlier example other than
+    Ratio Matching answers (x, y) = c (x_i, y_i) with c z_i: it needs an earlier example other than
     (0, 0) on the query's line through the origin, or any at all for the query (0, 0). Modular
     Regression combines examples: it needs that, or two on different lines, or the query (0, 0)."""
-    u, v = features(tokens.unflatten(1, (-1, 3))[..., :2], p).unbind(-1)             # (B, k)
+    x, y, _ = tokens.unflatten(1, (-1, 3)).unbind(-1)                                # (B, k)
     # A query and an example are on one line just if this determinant is 0: (B, query, example).
-    cross = (u[:, :, None] * v[:, None, :] - v[:, :, None] * u[:, None, :]) % p
-    origin = (u == 0) & (v == 0)                                                     # (B, k)
+    cross = (x[:, :, None] * y[:, None, :] - y[:, :, None] * x[:, None, :]) % p
+    origin = (x == 0) & (y == 0)                                                     # (B, k)
     helps = (cross == 0) & (~origin[:, None, :] | origin[:, :, None])
     ratio = helps.tril(-1).any(-1)                               # an example before the query does
     # Two examples on different lines: the later of them is off the line of an earlier one.
@@ -700,36 +694,27 @@ def make_parser():
     return parser
 
 def parse_config(argv=None):
-    """The config of a command line; BadInput if no run can have it. With --resume it is that of the
-    run in the folder, if there is one, and what was typed."""
+    """(Config, checkpoint) of a command line, the checkpoint None for a new run; BadInput if no run
+    can have it. With --resume what isn't typed is as the run in the folder has it."""
     typed = vars(make_parser().parse_args(argv))
     preset = typed.pop("preset", "default")
-    typed.setdefault("out", os.path.join("out", "-".join(
+    out = typed.setdefault("out", os.path.join("out", "-".join(
         [preset, *(f"{name}{typed[name]}" for name in FIXED if name in typed)])))
-    asked = PRESETS.get(preset, {}) | typed
-    last = os.path.join(typed["out"], "last.pt")
-    if typed.get("resume") and os.path.exists(last):
-        saved = load_checkpoint(last)[1]
+    asked, checkpoint = PRESETS.get(preset, {}) | typed, None
+    if os.path.isdir(out) and os.listdir(out):
+        if not typed.get("resume"):
+            raise BadInput(f"--out {out}: holds a run, or other files. The same command with "
+                           "--resume goes on with a run; to start afresh, take another --out")
+        checkpoint, saved, _ = load_checkpoint(os.path.join(out, "last.pt"))
         for name in FIXED:
             if asked.get(name, getattr(saved, name)) != getattr(saved, name):
-                raise BadInput(f"{flag(name)} {asked[name]}: the run in {typed['out']} has "
+                raise BadInput(f"{flag(name)} {asked[name]}: the run in {out} has "
                                f"{getattr(saved, name)}, which --resume can't change")
         asked = asdict(saved) | typed
+        if checkpoint.get("history"):                 # the closing report will want best.pt
+            load_checkpoint(os.path.join(out, "best.pt"))
     check_settings(cfg := Config(**asked))
-    return cfg
-
-def checkpoint_of(cfg):
-    """last.pt of the run in cfg.out, to go on from, or None if the folder is new or empty. BadInput
-    if it isn't, and there is no --resume or no last.pt."""
-    if not os.path.isdir(cfg.out) or not os.listdir(cfg.out):
-        return None
-    if not cfg.resume:
-        raise BadInput(f"--out {cfg.out}: holds a run, or other files. The same command with "
-                       "--resume goes on with a run; to start afresh, take another --out")
-    checkpoint = load_checkpoint(os.path.join(cfg.out, "last.pt"))[0]
-    if checkpoint.get("history"):                     # the closing report will want best.pt
-        load_checkpoint(os.path.join(cfg.out, "best.pt"))
-    return checkpoint
+    return cfg, checkpoint
 
 def check_settings(cfg):
     """Raise BadInput, naming flag, value and what is accepted, if no run can have them."""
@@ -760,8 +745,8 @@ def complain(error):
 def main(argv=None):
     """Parse, train, report. Returns the exit code or None; what goes wrong is a line on stderr."""
     try:
-        cfg = parse_config(argv)
-        run = make_run(cfg, checkpoint_of(cfg))
+        cfg, checkpoint = parse_config(argv)
+        run = make_run(cfg, checkpoint)
         with refusing(f"--out {cfg.out}: can't be written"):
             os.makedirs(cfg.out, exist_ok=True)
             save(run, cfg, "last.pt")                 # so that whatever is found can be resumed

@@ -53,7 +53,7 @@ def setup(folder, cfg):
 
 
 def main(folder, *argv):
-    cfg = g.parse_config(argv)
+    cfg, _ = g.parse_config(argv)
     split, loader, sampler, model, train = setup(folder, cfg)
     sets = {name: tokens.to(g.pick_device(cfg.device)) for name, tokens in g.eval_sequences(
         split, "val_ood", g.EVAL_SEQUENCES, cfg.examples, cfg.p, cfg.seed + 1).items()}

@@ -156,7 +156,7 @@ def main():
     own, rest = parser.parse_known_args()
     if own.run:
         return print(f"{own.run}: {operations_of_run(own.run):.2e} operations")
-    cfg = g.parse_config([*rest, "--out", os.path.join(tempfile.gettempdir(), "never made")])
+    cfg, _ = g.parse_config([*rest, "--out", os.path.join(tempfile.gettempdir(), "never made")])
     on_gpu = g.pick_device(cfg.device).type == "cuda"
     compiled = cfg.compile
     block, batch = 20 if on_gpu else 1, cfg.batch

@@ -646,16 +646,6 @@ def test_the_shortest_sequences_can_be_analyzed(tmp_path, quick, capsys):
     assert a.main([str(tmp_path), "votes"]) == 2 and "votes: not of" in capsys.readouterr().err
 
 
-def test_what_another_rule_makes_meaningless_is_refused(tiny_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(g, "features", lambda inputs, p: inputs ** 2 % p)
-    planted_run(tmp_path / "run")
-    lab = a.open_lab(str(tmp_path / "run"))
-    assert lab.parts == ["skills", "attention", "pca", "fourier"]
-    assert a.main([str(tmp_path / "run"), "similarity"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "the paper's rule" in err
-
-
 @pytest.mark.parametrize("p", [3, 5])
 def test_small_moduli_can_be_analyzed(p, tmp_path, quick, capsys):
     """Fewer characters than KEPT, and one or no subgroup."""
