@@ -657,23 +657,6 @@ def measure_labels(lab):
                 for name, which in (("kept", kept), ("changed", ~kept))}
     return rows
 
-def measure_rule(lab, component):
-    """{shots: accuracy of the "model", and of "order d": the answer with the largest |sum| of a
-    character of that order of the task's a, or b, ties shared evenly}."""
-    rows, p = {}, lab.p
-    for shots in [n for n in (1, 2, 3, 4, 6, 8, 12) if n < min(lab.k, p - 1)]:
-        tokens = off_line(lab, shots, 8 * SEQUENCES)
-        right = log_probabilities(lab, tokens).argmax(1) == tokens[:, -1]
-        values = implied_tasks(tokens, p)[..., "ab".index(component)]                # (B, k, p)
-        scores = agreement(values, characters(g.powers(p)))                          # (B, p, M)
-        best = (scores > scores.amax(1, keepdim=True) - 1e-4).float()
-        # how likely the rule gives the right answer, if it guesses among the best: (B, M)
-        chance = (best / best.sum(1, keepdim=True))[torch.arange(len(tokens)), tokens[:, -1]]
-        rows[shots] = {"model": right.float().mean().item()} | {
-            f"order {(p - 1) // m}": chance[:, m - 1].mean().item() for m in range(1, (p + 1) // 2)
-            if (p - 1) % m == 0}
-    return rows
-
 # By pairs? Ask after two examples alone, at each pair of offsets; and see what heads fetch.
 
 def accuracy_of_pairs(lab, pairs):
@@ -720,6 +703,20 @@ def measure_pairs(lab):
     return {"attention": attention, "pairs": grid, "fetched": fetched, "heads": heads, "best": best,
             "solved": int(solved.sum())}
 
+def measure_shots(lab):
+    """{shots: accuracy of the "model", and of its "surest pair": it is asked after each pair of the
+    examples alone, and the answer that has the largest probability counts}."""
+    rows = {}
+    for shots in [n for n in (2, 3, 4, 6, 8, 12) if n < min(lab.k, lab.p - 1)]:
+        tokens = off_line(lab, shots, 8 * SEQUENCES)
+        xyz = tokens.unflatten(1, (-1, 3))                                   # (B, shots + 1, 3)
+        after = torch.stack([log_probabilities(lab, xyz[:, [i, j, -1]].flatten(1))
+                             for i, j in itertools.combinations(range(shots), 2)])
+        surest = after.softmax(-1).amax(0).argmax(1)             # (pairs, B, p) to (B,)
+        rows[shots] = {name: (said == tokens[:, -1]).float().mean().item() for name, said in (
+            ("model", log_probabilities(lab, tokens).argmax(1)), ("surest pair", surest))}
+    return rows
+
 # What do heads carry, and where does the model fail?
 
 def measure_exchange(lab):
@@ -756,9 +753,9 @@ def measure_zeros(lab):
 
 def measure_votes(lab):
     """All of these together."""
-    found = measure_characters(lab) | measure_pairs(lab)
-    return found | {"labels": measure_labels(lab), "exchange": measure_exchange(lab),
-                    "zeros": measure_zeros(lab), "shots": measure_rule(lab, found["component"])}
+    return measure_characters(lab) | measure_pairs(lab) | {
+        "labels": measure_labels(lab), "shots": measure_shots(lab),
+        "exchange": measure_exchange(lab), "zeros": measure_zeros(lab)}
 
 def show_votes(lab, found):
     n, pairs = lab.p - 1, [f"{pair} {100 * r:.0f}%" for pair, r in found["best"].items()]
@@ -775,11 +772,11 @@ def show_votes(lab, found):
           "fetch: over a tenth of a head's attention, and twice its mean over all offsets but 0;\n"
           "solved: right in over half; expected: if it did not matter who fetches\n"
           f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
+    table("Accuracy by shots, in %: the model, and its answer to the surest pair of them alone",
+          found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}")
     table("A block's parts at the query's y from another run on the same x/y, in %",
           found["exchange"], "the answer is the other run's z/y times our y; the other run's z; or "
           "stays")
-    table("Accuracy by shots, in %: the model, and the largest |sum| of a character",
-          found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}")
     table("Regression queries, by what is 0, in %", {"second half": found["zeros"]})
     print(f"\nThe largest weight is {100 * found['share']:.0f}% of the positive ones; "
           f"{found['solved']} pairs are solved")

@@ -82,7 +82,7 @@ NAMES = [f.name for f in fields(Config)]
 FIXED = NAMES[:NAMES.index("eval_every")]     # what --resume may not change
 PRESETS = {                   # in place of the defaults; a flag on the command line outdoes both
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
-    "regression-small": dict(p=17, tasks=200, depth=4, heads=6, embd=96, batch=48, steps=1200,
+    "regression-small": dict(p=17, tasks=200, depth=4, heads=6, embd=96, batch=48, steps=1500,
                              rope_base=1e6, lr=0.02),
     "regression": dict(tasks=640, depth=4, heads=8, embd=256, init_std=.035, batch=128, steps=6000,
                        lessons="lines"),      # at p = 29 those of pairs didn't get as far
