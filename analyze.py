@@ -557,13 +557,13 @@ def show_circuit(lab, found):
           f"{100 / lab.p:.1f}")
 
 # ------------------------------- Votes: how deeper models combine examples (not in the paper)
-# Question: how does a deeper model answer queries whose line no example is on? Does it go by one
-#           *character* of a, its log mod d? Or does it know a sum for some pairs of examples, by
-#           their *offsets*: the query's log(y/x) less theirs?
-# Method:   regress the logits on how far the examples agree; change one example; ask after two
-#           examples alone; exchange heads. Inputs are off the axes, except in measure_zeros.
-# If by one character: one weight has over half of all. If by pairs: some are right in over half.
-# If by neither: no weight stands out, no pair is solved.
+# Question: how does a deeper model answer queries whose line no example is on? Does it know a sum
+#           for some pairs of examples, by their *offsets*: the query's log(y/x) less theirs? Or
+#           does it add up what all examples say of one *character* of a, its log mod d?
+# Method:   ask after two examples alone; regress the logits on how far the examples agree; change
+#           one example; exchange heads. Inputs are off the axes, except in measure_zeros.
+# If by pairs: the surest pair of the examples, alone, is right nearly as often as the model.
+# If by all: no pair is right in over half, and one character has over half of all weights.
 def at_offsets(lab, offsets, run=0):
     """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3). In
     another run each x/y is the same, but tasks are others, and so are the inputs' multipliers."""
@@ -588,6 +588,66 @@ def log_probabilities(lab, tokens):
     """Of each z at the last query of tokens (B, 3k + 3), less their mean: (B, p)."""
     logits = torch.cat([lab.model(t[:, :-1])[:, -1] for t in tokens.split(g.CHUNK)])
     return logits - logits.mean(1, keepdim=True)             # log_softmax differs by a constant
+
+# By pairs? Ask after two examples alone, at each pair of offsets; and see what heads fetch.
+
+def accuracy_of_pairs(lab, pairs):
+    """Of the model after two examples at these offsets, pairs (n, 2): (n,)."""
+    tokens = at_offsets(lab, torch.cat((pairs, pairs.flip(1))).repeat(EACH_PAIR, 1))
+    said = log_probabilities(lab, tokens).argmax(1)
+    return (said == tokens[:, -1]).float().view(2 * EACH_PAIR, len(pairs)).mean(0)
+
+def attention_by_offset(lab):
+    """Of each head, from the query's y to the z of one of eight examples: (heads, p - 1)."""
+    generator = torch.Generator().manual_seed(SEED)
+    offsets = torch.randint(lab.p - 1, (16 * SEQUENCES, min(8, lab.k - 1)), generator=generator)
+    scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
+                    lambda: answers(lab, at_offsets(lab, offsets)))                  # (B, H, T, T)
+    weights = torch.cat([s.softmax(-1)[:, :, -2, 2:-1:3] for s in scores.values()], dim=1)
+    is_at = F.one_hot(offsets, lab.p - 1).float()                          # (B, shots, p - 1)
+    return torch.einsum("bhs,bso->ho", weights, is_at) / is_at.sum((0, 1))
+
+def by_two_heads(fetches, pairs):
+    """Whether two different heads fetch pairs (n, 2): (n,). fetches (heads, p - 1) is 0 or 1."""
+    one, other = fetches[:, pairs].movedim(-1, 0)                # who fetches either: (heads, n)
+    different = ~torch.eye(len(fetches), dtype=torch.bool)[..., None]    # (heads, heads, 1)
+    return (one[:, None] * other * different).sum((0, 1)) > 0
+
+def measure_pairs(lab):
+    """{"attention" (heads, p - 1), "pairs" (p - 1, p - 1): accuracy, "fetched": a table by whom,
+    "heads": {head: offsets that it fetches}, "best": {pair: accuracy}, "solved": how many}."""
+    m, attention = lab.p - 1, attention_by_offset(lab)
+    even = attention[:, 1:].mean(1, keepdim=True)                # what a head has for any offset
+    fetches = ((attention > FETCHED) & (attention > 2 * even)).float()
+    pairs = torch.combinations(torch.arange(1, m))                                   # (n, 2)
+    right, two = accuracy_of_pairs(lab, pairs), by_two_heads(fetches, pairs)
+    both, solved = (fetches.sum(0) > 0)[pairs].all(1), right > 0.5         # by one head or by two
+    grid = torch.full((m, m), math.nan)
+    grid[tuple(pairs.T)] = grid[tuple(pairs.flip(1).T)] = right
+    fetched = {"two heads": two, "one head": both & ~two, "not both fetched": ~both}
+    fetched = {name: {"pairs": f"{which.sum()}", "solved": f"{solved[which].sum()}",
+                      "expected": f"{(solved.float().mean() * which.sum()).item():.1f}",
+                      "accuracy": right[which].mean().item()} for name, which in fetched.items()}
+    heads = {head: " ".join(map(str, f.nonzero()[:, 0].tolist()))
+             for head, f in zip(lab.heads, fetches) if f[1:].any()}
+    best = right.argsort(descending=True)[:3]
+    best = dict(zip(map(str, map(tuple, pairs[best].tolist())), right[best].tolist()))
+    return {"attention": attention, "pairs": grid, "fetched": fetched, "heads": heads, "best": best,
+            "solved": int(solved.sum())}
+
+def measure_shots(lab):
+    """{shots: accuracy of the "model", and of its "surest pair": it is asked after each pair of the
+    examples alone, and the answer that has the largest probability counts}."""
+    rows = {}
+    for shots in [n for n in (2, 3, 4, 6, 8, 12) if n < min(lab.k, lab.p - 1)]:
+        tokens = off_line(lab, shots, 8 * SEQUENCES)
+        xyz = tokens.unflatten(1, (-1, 3))                                   # (B, shots + 1, 3)
+        after = torch.stack([log_probabilities(lab, xyz[:, [i, j, -1]].flatten(1))
+                             for i, j in itertools.combinations(range(shots), 2)])
+        surest = after.softmax(-1).amax(0).argmax(1)             # (pairs, B, p) to (B,)
+        rows[shots] = {name: (said == tokens[:, -1]).float().mean().item() for name, said in (
+            ("model", log_probabilities(lab, tokens).argmax(1)), ("surest pair", surest))}
+    return rows
 
 # By one character? An example and an answer z imply a task (a, b), the one that gives both. A model
 # that compares a character of a prefers answers for which the examples imply a of one class. So the
@@ -657,66 +717,6 @@ def measure_labels(lab):
                 for name, which in (("kept", kept), ("changed", ~kept))}
     return rows
 
-# By pairs? Ask after two examples alone, at each pair of offsets; and see what heads fetch.
-
-def accuracy_of_pairs(lab, pairs):
-    """Of the model after two examples at these offsets, pairs (n, 2): (n,)."""
-    tokens = at_offsets(lab, torch.cat((pairs, pairs.flip(1))).repeat(EACH_PAIR, 1))
-    said = log_probabilities(lab, tokens).argmax(1)
-    return (said == tokens[:, -1]).float().view(2 * EACH_PAIR, len(pairs)).mean(0)
-
-def attention_by_offset(lab):
-    """Of each head, from the query's y to the z of one of eight examples: (heads, p - 1)."""
-    generator = torch.Generator().manual_seed(SEED)
-    offsets = torch.randint(lab.p - 1, (16 * SEQUENCES, min(8, lab.k - 1)), generator=generator)
-    scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
-                    lambda: answers(lab, at_offsets(lab, offsets)))                  # (B, H, T, T)
-    weights = torch.cat([s.softmax(-1)[:, :, -2, 2:-1:3] for s in scores.values()], dim=1)
-    is_at = F.one_hot(offsets, lab.p - 1).float()                          # (B, shots, p - 1)
-    return torch.einsum("bhs,bso->ho", weights, is_at) / is_at.sum((0, 1))
-
-def by_two_heads(fetches, pairs):
-    """Whether two different heads fetch pairs (n, 2): (n,). fetches (heads, p - 1) is 0 or 1."""
-    one, other = fetches[:, pairs].movedim(-1, 0)                # who fetches either: (heads, n)
-    different = ~torch.eye(len(fetches), dtype=torch.bool)[..., None]    # (heads, heads, 1)
-    return (one[:, None] * other * different).sum((0, 1)) > 0
-
-def measure_pairs(lab):
-    """{"attention" (heads, p - 1), "pairs" (p - 1, p - 1): accuracy, "fetched": a table by whom,
-    "heads": {head: offsets that it fetches}, "best": {pair: accuracy}, "solved": how many}."""
-    m, attention = lab.p - 1, attention_by_offset(lab)
-    even = attention[:, 1:].mean(1, keepdim=True)                # what a head has for any offset
-    fetches = ((attention > FETCHED) & (attention > 2 * even)).float()
-    pairs = torch.combinations(torch.arange(1, m))                                   # (n, 2)
-    right, two = accuracy_of_pairs(lab, pairs), by_two_heads(fetches, pairs)
-    both, solved = (fetches.sum(0) > 0)[pairs].all(1), right > 0.5         # by one head or by two
-    grid = torch.full((m, m), math.nan)
-    grid[tuple(pairs.T)] = grid[tuple(pairs.flip(1).T)] = right
-    fetched = {"two heads": two, "one head": both & ~two, "not both fetched": ~both}
-    fetched = {name: {"pairs": f"{which.sum()}", "solved": f"{solved[which].sum()}",
-                      "expected": f"{(solved.float().mean() * which.sum()).item():.1f}",
-                      "accuracy": right[which].mean().item()} for name, which in fetched.items()}
-    heads = {head: " ".join(map(str, f.nonzero()[:, 0].tolist()))
-             for head, f in zip(lab.heads, fetches) if f[1:].any()}
-    best = right.argsort(descending=True)[:3]
-    best = dict(zip(map(str, map(tuple, pairs[best].tolist())), right[best].tolist()))
-    return {"attention": attention, "pairs": grid, "fetched": fetched, "heads": heads, "best": best,
-            "solved": int(solved.sum())}
-
-def measure_shots(lab):
-    """{shots: accuracy of the "model", and of its "surest pair": it is asked after each pair of the
-    examples alone, and the answer that has the largest probability counts}."""
-    rows = {}
-    for shots in [n for n in (2, 3, 4, 6, 8, 12) if n < min(lab.k, lab.p - 1)]:
-        tokens = off_line(lab, shots, 8 * SEQUENCES)
-        xyz = tokens.unflatten(1, (-1, 3))                                   # (B, shots + 1, 3)
-        after = torch.stack([log_probabilities(lab, xyz[:, [i, j, -1]].flatten(1))
-                             for i, j in itertools.combinations(range(shots), 2)])
-        surest = after.softmax(-1).amax(0).argmax(1)             # (pairs, B, p) to (B,)
-        rows[shots] = {name: (said == tokens[:, -1]).float().mean().item() for name, said in (
-            ("model", log_probabilities(lab, tokens).argmax(1)), ("surest pair", surest))}
-    return rows
-
 # What do heads carry, and where does the model fail?
 
 def measure_exchange(lab):
@@ -753,13 +753,19 @@ def measure_zeros(lab):
 
 def measure_votes(lab):
     """All of these together."""
-    return measure_characters(lab) | measure_pairs(lab) | {
-        "labels": measure_labels(lab), "shots": measure_shots(lab),
+    return measure_pairs(lab) | measure_characters(lab) | {
+        "shots": measure_shots(lab), "labels": measure_labels(lab),
         "exchange": measure_exchange(lab), "zeros": measure_zeros(lab)}
 
 def show_votes(lab, found):
     n, pairs = lab.p - 1, [f"{pair} {100 * r:.0f}%" for pair, r in found["best"].items()]
     heads = [f"head {head}: {offsets}" for head, offsets in found["heads"].items()]
+    table("Accuracy after two examples, in %, by who fetches them", found["fetched"],
+          "fetch: over a tenth of a head's attention, and twice its mean over all offsets but 0;\n"
+          "solved: right in over half; expected: if it did not matter who fetches\n"
+          f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
+    table("Accuracy by shots, in %: the model, and its answer to the surest pair of them alone",
+          found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}")
     table(f"Logits of the answers on the characters of {found['component']}: R^2, in %",
           {"three examples": found["R^2"]}, "random order: the best of 20; other examples: "
           "those of another context")
@@ -768,12 +774,6 @@ def show_votes(lab, found):
           scale=1, digits=2)
     table("Right answers that stay if the z of one of four examples is changed, in %",
           found["labels"], "by whether the a, or b, that it implies keeps its class")
-    table("Accuracy after two examples, in %, by who fetches them", found["fetched"],
-          "fetch: over a tenth of a head's attention, and twice its mean over all offsets but 0;\n"
-          "solved: right in over half; expected: if it did not matter who fetches\n"
-          f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
-    table("Accuracy by shots, in %: the model, and its answer to the surest pair of them alone",
-          found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}")
     table("A block's parts at the query's y from another run on the same x/y, in %",
           found["exchange"], "the answer is the other run's z/y times our y; the other run's z; or "
           "stays")
@@ -782,14 +782,19 @@ def show_votes(lab, found):
           f"{found['solved']} pairs are solved")
 
 def draw_votes(subplots, lab, found):
-    fig, (left, right) = subplots(1, 2, figsize=(9, 3.6))
+    fig, (left, middle, right) = subplots(1, 3, figsize=(11, 3.3))
     image = left.imshow(100 * found["pairs"].numpy(), vmin=0, vmax=100, origin="lower")
     left.set(title="after two examples", xlabel="offset of one", ylabel="offset of the other")
     fig.colorbar(image, ax=left, label="accuracy (%)")
-    image = right.imshow(100 * found["attention"].numpy(), vmin=0, aspect="auto", cmap="Greys")
-    right.set(title="attention to an example", xlabel="its offset", ylabel="head",
-              yticks=range(len(lab.heads)), yticklabels=lab.heads)
-    fig.colorbar(image, ax=right, label="mean over sequences (%)")
+    image = middle.imshow(100 * found["attention"].numpy(), vmin=0, aspect="auto", cmap="Greys")
+    middle.set(title="attention to an example", xlabel="its offset", ylabel="head",
+               yticks=range(len(lab.heads)), yticklabels=lab.heads)
+    fig.colorbar(image, ax=middle, label="mean over sequences (%)")
+    for name, style in (("model", "o-"), ("surest pair", "s--")):
+        right.plot([*found["shots"]], [100 * row[name] for row in found["shots"].values()], style,
+                   label=name)
+    right.set(title="after more examples", xlabel="shots", ylabel="accuracy (%)", ylim=(0, 104))
+    right.legend()
     return {"votes.png": fig}
 
 # ------------------------------------------------------------------------------------- Command line
