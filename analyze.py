@@ -702,7 +702,7 @@ def measure_labels(lab):
     """How often right answers stay if the z of one of four examples is changed, by whether the a,
     or b, that it implies keeps its class: {"log a mod d": {"kept", "changed"}, ...}."""
     p, tokens = lab.p, off_line(lab, 4, 32 * SEQUENCES)
-    changed, generator = tokens.clone(), torch.Generator().manual_seed(SEED)
+    changed, generator = tokens.clone(), torch.Generator().manual_seed(SEED + 1)
     changed[:, 2] += torch.randint(1, p, (len(tokens),), generator=generator)
     changed[:, 2] %= p
     said, now = (log_probabilities(lab, t).argmax(1) for t in (tokens, changed))

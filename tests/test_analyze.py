@@ -460,6 +460,17 @@ def test_a_changed_label_matters_if_it_changes_the_class(monkeypatch):
     assert abs(rows["log b mod 2"]["kept"] - rows["log b mod 2"]["changed"]) < 0.3
 
 
+def test_by_how_much_a_label_changes_does_not_depend_on_the_query(monkeypatch):
+    """One seed for both once made the change of z a function of the query's ratio."""
+    asked = []
+    monkeypatch.setattr(a, "log_probabilities",
+                        lambda lab, tokens: asked.append(tokens) or torch.rand(len(tokens), 11))
+    a.measure_labels(planted_lab(p=11, tasks=40))
+    tokens, changed = asked
+    by, query = (changed - tokens)[:, 2] % 11, g.line_of(tokens[:, -3:-1], 11)
+    assert len({*zip(by.tolist(), query.tolist())}) == 100       # all pairs of 1 to 10
+
+
 def test_zeros_are_where_their_names_say(monkeypatch):
     """A model that is right just if its task has a = 0, then just if y = 0."""
     monkeypatch.setattr(a, "SEQUENCES", 16)
