@@ -52,7 +52,7 @@ class Config:
     depth: int = option(2, 2, "transformer blocks; the paper has 2, 4 and 6", (1, 100))
     heads: int = option(4, 4, "attention heads a block, each best up to 32 wide", (1, 256))
     embd: int = option(128, 512, "width of the residual stream; the MLP is 4 times it", (2, 16384))
-    rope_base: float = option(1e4, 1e4, "of the rotary embedding; larger: more room for content",
+    rope_base: float = option(1e4, 1e4, "base of the rotary embedding; larger: room for content",
                               (1, 1e15))
     init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
@@ -65,7 +65,7 @@ class Config:
     lr_end: float = option(0.02, 0.1, "share of the peak rates that is left at the end", (0, 1))
     wd: float = option(0.2, 2.0, "weight decay of matrices and embedding", (0, 1e3))
     batch: int = option(64, 1024, "sequences a step, more while they are short", (1, 10**6))
-    steps: int = option(1000, 200_000, "steps after the lessons, the rate falling", (1, 10**9))
+    steps: int = option(1000, 200_000, "steps of the last lesson, free inputs", (1, 10**9))
     warmup: int = option(100, 10_000, "steps of linear warm-up", (0, 10**9))
     seed: int = option(0, 0, "of the split, the initial weights and the batches", (0, 2**32 - 1))
     # how it is run: what --resume may change
@@ -90,9 +90,7 @@ PRESETS = {                   # in place of the defaults; a flag on the command 
 
 MLP_RATIO = 4                 # MLP width / residual width
 ADAM_BETAS = (0.9, 0.98)
-LESSON_STEPS = 2000           # that a lesson may take, else the run ends
-LOOK_EVERY = 10               # steps between looks at whether a lesson is learned; even, as every
-#                               other step may be a review
+LOOK_EVERY = 10               # steps between looks at whether a lesson is learned
 EVAL_SEQUENCES = 512          # of each set, at every evaluation
 REPORT_SEQUENCES = 2048       # of each set, in the closing report
 CHUNK = 256                   # sequences evaluated at once
@@ -164,7 +162,7 @@ def make_split(cfg):
             "train_inputs": inputs[:n_train], "test_inputs": inputs[n_train:]}
 
 # -------------------------------------------------------------------------- 3. Two exact algorithms
-# A *query* is an input whose z is asked. Each example is one, to those before it.
+# A *query* is an input whose z is asked. So is each example's: do those before it determine its z?
 
 def novel_queries(tokens):
     """Which queries are no copy of an earlier example's input: (B, 3k) -> bool (B, k)."""
@@ -186,13 +184,14 @@ def solvable(tokens, p):
     origin = (x == 0) & (y == 0)                                                     # (B, k)
     helps = (cross == 0) & (~origin[:, None, :] | origin[:, :, None])
     ratio = helps.tril(-1).any(-1)                               # an example before the query does
-    # Two examples on different lines: the later of them is off the line of an earlier one.
-    second = (cross != 0).tril(-1).any(-1)                                           # (B, k)
-    both = second.cumsum(1) - second.int() > 0                   # one of them is before the query
+    # Two examples on different lines: the later one is off the line of one before it.
+    later = (cross != 0).tril(-1).any(-1)                                            # (B, k)
+    both = later[:, None].expand_as(cross).tril(-1).any(-1)      # one of them is before the query
     return ratio, ratio | both | origin
 
 # ------------------------------------------------------------- 4. Model: a decoder-only transformer
-# The last block works only at tokens whose next one is predicted: at each y, to predict the z.
+# Only z is scored, and it is predicted at the y before it. So in the last block only these tokens
+# ask others, which gives the same logits with less work.
 EVERY_TOKEN, EACH_Y = slice(None), slice(1, None, 3)     # which tokens of x y z x y z ... ask
 
 def rotary_tables(places, width, base):
@@ -200,8 +199,8 @@ def rotary_tables(places, width, base):
 
     The first pairs turn fast and tell places apart. The last ones hardly turn at all, and are free
     to compare what tokens say. A larger base gives more of these."""
-    steps = torch.arange(0, width, 2, dtype=torch.float32, device=places.device)
-    frequencies = base ** (-steps / width)                       # from 1 to 1 / base, (D / 2,)
+    pair = torch.arange(width // 2, dtype=torch.float32, device=places.device)
+    frequencies = base ** (-2 * pair / width)                    # (D / 2,), from 1 to 1 / base
     angles = torch.outer(places, frequencies)
     return angles.cos(), angles.sin()
 
@@ -281,11 +280,11 @@ class GPT(nn.Module):
 # --------------------------------------------------------------------------------------- 5. Lessons
 # Ratio Matching takes two skills, to divide and to find the example on the query's line. Neither
 # earns anything without the other. Where all examples are on one line any of them will do, so the
-# lessons of lines begin there. Modular Regression is the same trap again: one example off the
-# query's line earns nothing until a second is found, and the weights of the two. So the lessons of
-# pairs begin with a row: the ratio y/x grows by one factor h from example to example. Then
-# t = z/x = a + b y/x obeys t[i] = (1 + h) t[i - 1] - h t[i - 2]: always the two examples before it,
-# and the same two weights for every task. In order:
+# lessons begin there, and then allow more lines. Modular Regression is the same trap again: one
+# example off the query's line earns nothing until a second one is found, and their weights. So
+# from three blocks on there follows a row: the ratio r = y/x grows by a factor h from example to
+# example, the same h in all rows. Then t = z/x = a + b r has t[i] = (1 + h) t[i - 1] - h t[i - 2]:
+# always the two examples before, and always the same weights. In order:
 #
 #     1, 2, 4, ... lines   divide; then find the example on the query's line
 #     row                  combine the two preceding examples
@@ -293,15 +292,15 @@ class GPT(nn.Module):
 #     each line once       find the two anywhere
 #     free                 the paper's training
 #
-# The axes come only as a review: 0 has no logarithm, so that they are in no row, and a model which
-# divides by y, say, fails where y = 0. Without reviews, what was learned before would be forgotten.
+# 0 has no logarithm, so that no row has the axes, and a model that divides by y fails where y = 0.
+# Therefore there is a lesson "axis", to be reviewed. Without reviews earlier skills are forgotten.
 
 @dataclass
 class Lesson:
     """A kind of training sequence, and when it is learned."""
     name: str
-    lines: int                   # through the origin that a sequence may have
-    examples: int                # in a sequence, if cfg.examples allows
+    lines: int                   # how many a sequence may have
+    examples: int                # how many it has, if cfg.examples allows
     order: str = "any"           # any: each example on any of the lines; row: on lines r, rh, ...;
     #                              once: no two on one line, in random order; axis: all on one axis
     more: int = 1                # times the usual number of sequences
@@ -311,16 +310,17 @@ class Lesson:
     enough: float = 0.9          # the share of them that must be right
     reviews: tuple = ()          # other lessons, in turn at every other step
     rate: float = 1.0            # share of the peak learning rates
+    steps: int = 2000            # it may take, else the run ends; the last lesson takes them all
 
 def lessons(cfg):
     """The lessons of a run in order; the last has free inputs. To add one, list it here."""
     p, kind = cfg.p, cfg.lessons
     if kind == "auto":
         kind = "pairs" if cfg.depth > 2 and min(p - 1, cfg.examples) > 2 else "lines"
-    free = Lesson("free", p + 1, cfg.examples)                   # the paper's training
+    free = Lesson("free", p + 1, cfg.examples, steps=cfg.steps)  # the paper's training
     if kind == "none":
         return [free]
-    more = 1 if kind == "pairs" else 2                           # lines alone are slow with fewer
+    more = 1 if kind == "pairs" else 2              # without pairs, small batches learn slowly
     lines = [
         Lesson("1 line", 1, 8, more=more, gaps=True, score_y=True),
         Lesson("2 lines", 2, 8, more=more, gaps=True),
@@ -329,16 +329,17 @@ def lessons(cfg):
     if kind == "lines":
         return [*lines, free]
     few = min(8, p - 1)
-    row = Lesson("row", few, few, "row", skill=REGRESSION, enough=0.8, rate=0.8, reviews=(free,))
+    row = Lesson("row", few, few, order="row", skill=REGRESSION, rate=0.8, enough=0.8,
+                 reviews=(free,))
     gaps = replace(row, name="row with gaps", gaps=True)
-    axis = Lesson("axis", 1, 8, "axis")
-    once = Lesson("each line once", p + 1, p + 1, "once", skill=REGRESSION, rate=0.4,
+    axis = Lesson("axis", 1, 8, order="axis")
+    once = Lesson("each line once", p + 1, p + 1, order="once", skill=REGRESSION, rate=0.4,
                   enough=0.35, reviews=(free, gaps, axis))       # free sequences teach the rest
     return [*lines, row, gaps, once, replace(free, rate=0.4, reviews=(once, axis))]
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
-    if not lesson.reviews or step % 2 == 1:           # is_learned looks only after odd steps
+    if not lesson.reviews or step % 2 == 1:
         return lesson
     return lesson.reviews[step // 2 % len(lesson.reviews)]
 
@@ -348,15 +349,16 @@ def batch_shape(lesson, cfg):
     return lesson.more * cfg.batch * (cfg.examples // k), k
 
 def allowed_lines(lesson, n, k, input_lines, p, rng):
-    """Which lines each example of n sequences may lie on, 0 or 1: (n, k, p + 1), or (n, 1, p + 1)
-    if it is the same for all k. For one sequence and p = 3, [[0, 1, 0, 1]] is line 1 or 3 for all,
-    and [[0, 1, 0, 0], [0, 0, 1, 0]] is line 1 for the first example, 2 for the second."""
+    """Weights of the lines that each example of n sequences may lie on: (n, k, p + 1), or
+    (n, 1, p + 1) if it is the same for all k. For one sequence and p = 3, [[0, 1, 0, 1]] is line 1
+    or 3 for all, and [[0, 1, 0, 0], [0, 0, 1, 0]] is line 1 for the first example, 2 for the
+    second."""
     if lesson.order == "any":
         if lesson.lines > p:
             return torch.ones(n, 1, p + 1, device=input_lines.device)
-        drawn = torch.randint(len(input_lines), (n, lesson.lines), **rng)    # some random inputs
-        lines = torch.zeros(n, p + 1, device=input_lines.device)
-        return lines.scatter(1, input_lines[drawn], 1).unsqueeze(1)          # and their lines
+        drawn = torch.randint(len(input_lines), (n, lesson.lines), **rng)    # inputs whose lines
+        lines = torch.zeros(n, p + 1, device=input_lines.device)             # are allowed; two may
+        return lines.scatter(1, input_lines[drawn], 1).unsqueeze(1)          # lie on the same one
     if lesson.order == "axis":
         line = p * torch.randint(2, (n, 1), **rng).expand(n, k)
     elif lesson.order == "once":
@@ -365,12 +367,12 @@ def allowed_lines(lesson, n, k, input_lines, p, rng):
         first = torch.randint(p - 1, (n, 1), **rng)
         log = first + torch.arange(k, device=first.device)                           # (n, k)
         line = powers(p).to(first.device)[log % (p - 1)]
-    # Where none of a line's inputs is trained on, one of another line will do.
+    # Not 0, for a line may have no input that is trained on; else one draw in 50,000 strays.
     return F.one_hot(line, p + 1).float().clamp(min=1e-6)
 
 def training_batch(split, input_lines, lesson, cfg, generator):
     """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once;
-    inputs are drawn evenly, with replacement, from those to train on that are on allowed lines.
+    inputs are drawn with replacement from those to train on, by the weights of their lines.
     input_lines (inputs,) is line_of(split["train_inputs"])."""
     tasks, inputs = split["id"], split["train_inputs"]
     rng = dict(generator=generator, device=input_lines.device)
@@ -379,10 +381,10 @@ def training_batch(split, input_lines, lesson, cfg, generator):
     order = torch.cat([torch.randperm(len(tasks), **rng) for _ in range(rounds)])[:B]
     n = rounds if cfg.shared_inputs else B                       # sets of inputs to draw
     allowed = allowed_lines(lesson, n, k, input_lines, cfg.p, rng)
-    # multinomial wants a row for each set of inputs (k draws), or one for each input of it (1 draw)
-    weights = allowed[:, :, input_lines].flatten(0, 1)                       # (n or n k, inputs)
-    draws = k // allowed.size(1)
-    chosen = torch.multinomial(weights, draws, replacement=True, generator=generator).view(n, k)
+    # (n, inputs), for k draws from each, or (n k, inputs), for one
+    weights = allowed[:, :, input_lines].flatten(0, 1)
+    chosen = torch.multinomial(weights, k // allowed.size(1), replacement=True,
+                               generator=generator).view(n, k)
     if cfg.shared_inputs:                                        # one set each time through
         chosen = chosen.repeat_interleave(len(tasks), 0)[:B]
     return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
@@ -412,14 +414,15 @@ def training_loss(model, batch, places=None, score_y=False):
     return loss, of_z
 
 def is_learned(lesson, batch, logits, p):
-    """Whether the logits (B, k, p) get enough of the z in a batch (B, 3k) of this lesson right."""
+    """Whether the logits (B, k, p) get enough of the z in a batch (B, 3k) of this lesson right. The
+    batch is new, and the logits are from before its update, so that this is a fair test."""
     solved = solvable(batch, p)[lesson.skill]
     right = solved & (logits.argmax(-1) == batch[:, 2::3])
     return bool(right.sum() > lesson.enough * solved.sum())
 
 # ------------------------------------------------------------------------------------ 6. Evaluation
-# `run` is a training's state, see make_run: its split, model, optimizers, generator, device, the
-# step, the evaluations so far (history), and the step at which each lesson was learned (learned).
+# `run` is a training's state, see make_run: split, model, optimizers, generator, device, lessons,
+# the step, the evaluations so far (history), and the step at which each lesson was learned.
 
 def eval_sequences(split, ood, n, k, p, seed):
     """The four sets of the paper as token sequences, {name: (n, 3k)}; ood: "val_ood" or "test_ood".
@@ -435,13 +438,13 @@ def eval_sequences(split, ood, n, k, p, seed):
     return sets
 
 def accuracy(hits, tokens):
-    """Mean of hits (B, k), bools or scores, at each shot: (2, k), over all queries, then novel."""
+    """Mean over sequences of hits (B, k): (2, k), of all queries in row 0, of novel ones in 1."""
     novel = torch.cat([novel_queries(t) for t in tokens.split(CHUNK)])
     chosen = torch.stack((torch.ones_like(novel), novel))                            # (2, B, k)
     return (hits * chosen).sum(1).cpu().double() / chosen.sum(1).cpu()
 
 def oracle_accuracy(tokens, p):
-    """Expected accuracies (2, k) of Ratio Matching and Modular Regression, guessing included."""
+    """accuracy() to be expected of Ratio Matching, and of Modular Regression, if both guess."""
     solved = torch.cat([torch.stack(solvable(t, p)) for t in tokens.split(CHUNK)], dim=1)
     return [accuracy(torch.where(s, 1.0, 1 / p), tokens) for s in solved]
 
@@ -472,8 +475,9 @@ def best_evaluation(history, chance):
     return curve.index(max(curve))
 
 def evaluate_and_save(run, cfg, sets, loss, title):
-    """Add a row to the run's history and metrics.csv, print it, save last.pt, if best best.pt."""
-    row = {"step": run.step, "loss": loss, "lines": current_lesson(run, cfg).lines}
+    """Add a row to the run's history and metrics.csv, print it, save last.pt, if best best.pt. If
+    a lesson was just learned, "lines" are the next one's, while loss and title are its own."""
+    row = {"step": run.step, "loss": loss, "lines": current_lesson(run).lines}
     with run.autocast:                                       # the report will be in float32
         for name, tokens in sets.items():
             row[name], row[f"{name}_novel"] = evaluate(run.model, tokens)[:, -1].tolist()
@@ -491,20 +495,21 @@ def evaluate_and_save(run, cfg, sets, loss, title):
 
 def report(run, cfg):
     """Evaluate and print the best checkpoint: in this file the only look at the *test* tasks."""
-    if not in_last_lesson(run, cfg):
+    if not in_last_lesson(run):
         print(f"\nThe run ends at step {run.step} within the lesson "
-              f'"{current_lesson(run, cfg).name}". Try more --tasks or another --seed.')
+              f'"{current_lesson(run).name}". Try more --tasks or another --seed.')
     best, _, model = load_checkpoint(os.path.join(cfg.out, "best.pt"), run.device)
     print(f"\nBest step {best['step']} of {run.step}. Accuracy on novel queries after "
           f"{cfg.examples - 1} shots, in %\n{'':27} model  ratio  regression")
-    found, sets = [], eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
-                                     cfg.seed + 2)
+    sets = eval_sequences(run.split, "test_ood", REPORT_SEQUENCES, cfg.examples, cfg.p,
+                          cfg.seed + 2)
+    found = []
     for name, tokens in sets.items():
         tokens = tokens.to(run.device)
         curves = evaluate(model, tokens), *oracle_accuracy(tokens, cfg.p)            # (2, k) each
         found.append([curve[1, -1].item() for curve in curves])
         label = f"{'i.d.' if name[:2] == 'id' else 'o.o.d.'} tasks, {name.split('_')[-1]} inputs"
-        print(f"{label:27}" + "{:6.1f} {:6.1f} {:10.1f}".format(*(100 * a for a in found[-1])))
+        print(f"{label:27}" + "{:6.1f} {:6.1f} {:11.1f}".format(*(100 * a for a in found[-1])))
     accuracies, ratio, _ = zip(*found)
     print(f"Phase: {phase(accuracies, ratio, cfg.p)} "
           f"(o.o.d.: test tasks; chance {100 / cfg.p:.1f}%)")
@@ -513,10 +518,9 @@ def report(run, cfg):
 def make_optimizers(model, cfg):
     """Muon for the blocks' matrices (or AdamW, as in the paper), AdamW for the rest; a list.
 
-    Adam scales each number of a gradient by itself; Muon looks at that of a matrix as a whole. Its
-    average over steps is large along a few directions and small along the others. Muon takes the
-    nearest orthogonal matrix instead, in which all are equally large. So a direction that is rarely
-    asked for is learned as fast. LayerNorm's weights do not decay."""
+    Adam rescales each number of a gradient by itself. Muon replaces a matrix's gradient, averaged
+    over steps, by almost the nearest orthogonal matrix: all its singular values are about 1. So a
+    direction that is rarely asked for is learned as fast. LayerNorm's weights do not decay."""
     embedding = model.embedding.weight
     matrices = [w for w in model.parameters() if w.ndim == 2 and w is not embedding]
     groups = [dict(params=[embedding], lr=cfg.embd_lr, weight_decay=cfg.wd),
@@ -532,34 +536,33 @@ def make_optimizers(model, cfg):
             group["peak_lr"] = group["lr"]
     return optimizers
 
-def current_lesson(run, cfg):
-    return lessons(cfg)[len(run.learned)]
+def current_lesson(run):
+    return run.lessons[len(run.learned)]
 
-def in_last_lesson(run, cfg):
-    return len(run.learned) == len(lessons(cfg)) - 1
+def in_last_lesson(run):
+    return len(run.learned) == len(run.lessons) - 1
 
-def last_step(run, cfg):
-    """The step at which a lesson's time is over, or, in the last lesson, the training."""
-    began = run.learned[-1] if run.learned else 0
-    return began + (cfg.steps if in_last_lesson(run, cfg) else LESSON_STEPS)
+def last_step(run):
+    """The step at which the current lesson's time is over, and, if it is the last, the training."""
+    return (run.learned[-1] if run.learned else 0) + current_lesson(run).steps
 
 def lr_factor(run, cfg):
     """The learning rate as a share of its peak: a linear rise over cfg.warmup steps, while the
     moments of the optimizers are still guesses; then the lesson's; in the last lesson half a cosine
     down to cfg.lr_end of it."""
-    lesson, end = current_lesson(run, cfg), last_step(run, cfg)
+    lesson, end = current_lesson(run), last_step(run)
     if run.step < cfg.warmup:
         return lesson.rate * (0.01 + 0.99 * run.step / cfg.warmup)   # not 0: step 0 learns, too
-    if not in_last_lesson(run, cfg):
+    if not in_last_lesson(run):
         return lesson.rate
-    begin = max(cfg.warmup, end - cfg.steps)
+    begin = max(cfg.warmup, end - lesson.steps)
     fallen = (1 - math.cos(math.pi * (run.step - begin) / (end - begin))) / 2        # 0 to 1
     return lesson.rate * (1 - (1 - cfg.lr_end) * fallen)
 
 def is_over(run, cfg):
     """Whether training is over: by its steps, a lesson's limit, or early stopping."""
     waited = len(run.history) - 1 - best_evaluation(run.history, 1 / cfg.p) if run.history else 0
-    return run.step >= last_step(run, cfg) or 0 < cfg.patience <= waited
+    return run.step >= last_step(run) or 0 < cfg.patience <= waited
 
 def update_weights(run, loss, factor):
     """A step of the optimizers, at that share of their peak rates."""
@@ -579,7 +582,7 @@ def train(run, cfg):
     model = torch.compile(run.model) if cfg.compile else run.model
     with tqdm(initial=run.step, dynamic_ncols=True, disable=None) as bar:    # None: if no terminal
         while not is_over(run, cfg):
-            lesson = current_lesson(run, cfg)
+            lesson = current_lesson(run)
             today = todays_lesson(lesson, run.step)              # it may be a review
             batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
             places = places_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
@@ -591,8 +594,8 @@ def train(run, cfg):
             learned = False
             if run.step % LOOK_EVERY == 0:            # a GPU waits here, so not at every step
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-                bar.total = last_step(run, cfg)
-                learned = (today == lesson and not in_last_lesson(run, cfg)
+                bar.total = last_step(run)
+                learned = (today == lesson and not in_last_lesson(run)
                            and is_learned(lesson, batch, logits, cfg.p))
             if learned:
                 run.learned.append(run.step)
@@ -629,7 +632,7 @@ def make_run(cfg, checkpoint=None):
     device = pick_device(cfg.device)
     torch.manual_seed(cfg.seed)                                  # of the initial weights
     run = SimpleNamespace(
-        split=make_split(cfg), device=device, model=GPT(cfg).to(device),
+        split=make_split(cfg), lessons=lessons(cfg), device=device, model=GPT(cfg).to(device),
         generator=torch.Generator(device).manual_seed(cfg.seed), step=0, history=[], learned=[])
     run.optimizers = make_optimizers(run.model, cfg)
     run.autocast = mixed_precision(cfg, device)

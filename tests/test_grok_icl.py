@@ -131,9 +131,8 @@ def quickly(monkeypatch, enough=0.1):
     """From now on lessons are short and soon learned, so that a short run has several."""
     lessons = g.lessons
     monkeypatch.setattr(g, "LOOK_EVERY", 2)
-    monkeypatch.setattr(g, "LESSON_STEPS", 12)
     monkeypatch.setattr(g, "lessons", lambda cfg: [
-        dataclasses.replace(l, enough=enough) for l in lessons(cfg)])
+        dataclasses.replace(l, enough=enough, steps=min(12, l.steps)) for l in lessons(cfg)])
 
 
 def batch_of(cfg, lesson=None, inputs=None, seed=0):
@@ -336,7 +335,7 @@ def test_a_review_does_not_tell_whether_a_lesson_is_learned(tmp_path, monkeypatc
     run = g.make_run(cfg)
     os.makedirs(cfg.out, exist_ok=True)
     g.train(run, cfg)
-    assert g.current_lesson(run, cfg).name == "row"              # the first with a review
+    assert g.current_lesson(run).name == "row"              # the first with a review
 
 
 def test_a_lesson_that_is_not_learned_ends_the_run(tmp_path, monkeypatch, capsys):
@@ -586,7 +585,8 @@ def test_phases_follow_the_papers_table(good, name):
 # -------------------------------------------------------------------------------------------------
 
 def factors(cfg, steps, learned=()):
-    return [g.lr_factor(SimpleNamespace(step=s, learned=[*learned]), cfg) for s in steps]
+    return [g.lr_factor(SimpleNamespace(step=s, learned=[*learned], lessons=g.lessons(cfg)), cfg)
+            for s in steps]
 
 
 def test_schedule_at_its_corners():
@@ -628,7 +628,8 @@ def test_decay_groups(optimizer):
 
 def stop_at(curve, patience=3):
     """Feed a curve point by point: (index kept, evaluations seen when it stopped or None)."""
-    run, cfg = SimpleNamespace(history=[], step=0, learned=[]), tiny(p=5, patience=patience)
+    cfg = tiny(p=5, patience=patience)
+    run = SimpleNamespace(history=[], step=0, learned=[], lessons=g.lessons(cfg))
     for n, score in enumerate(curve, 1):
         run.history.append({"val_ood_test": score})
         if g.is_over(run, cfg):
