@@ -637,7 +637,7 @@ def measure_pairs(lab):
 
 def measure_shots(lab):
     """{shots: accuracy of the "model", and of its "surest pair": it is asked after each pair of the
-    examples alone, and the answer that has the largest probability counts}."""
+    examples alone, and the most probable answer counts; how often both say the "same answer"}."""
     rows = {}
     for shots in [n for n in (2, 3, 4, 6, 8, 12) if n < min(lab.k, lab.p - 1)]:
         tokens = off_line(lab, shots, 8 * SEQUENCES)
@@ -645,8 +645,10 @@ def measure_shots(lab):
         after = torch.stack([log_probabilities(lab, xyz[:, [i, j, -1]].flatten(1))
                              for i, j in itertools.combinations(range(shots), 2)])
         surest = after.softmax(-1).amax(0).argmax(1)             # (pairs, B, p) to (B,)
-        rows[shots] = {name: (said == tokens[:, -1]).float().mean().item() for name, said in (
-            ("model", log_probabilities(lab, tokens).argmax(1)), ("surest pair", surest))}
+        said, right = log_probabilities(lab, tokens).argmax(1), tokens[:, -1]
+        rows[shots] = {name: hits.float().mean().item() for name, hits in (
+            ("model", said == right), ("surest pair", surest == right),
+            ("same answer", said == surest))}
     return rows
 
 # By one character? An example and an answer z imply a task (a, b), the one that gives both. A model
