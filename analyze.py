@@ -767,7 +767,8 @@ def show_votes(lab, found):
           "solved: right in over half; expected: if it did not matter who fetches\n"
           f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
     table("Accuracy by shots, in %: the model, and its answer to the surest pair of them alone",
-          found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}")
+          found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}; same answer: "
+          "right or wrong")
     table(f"Logits of the answers on the characters of {found['component']}: R^2, in %",
           {"three examples": found["R^2"]}, "random order: the best of 20; other examples: "
           "those of another context")

@@ -335,7 +335,7 @@ def test_a_review_does_not_tell_whether_a_lesson_is_learned(tmp_path, monkeypatc
     run = g.make_run(cfg)
     os.makedirs(cfg.out, exist_ok=True)
     g.train(run, cfg)
-    assert g.current_lesson(run).name == "row"              # the first with a review
+    assert g.current_lesson(run).name == "row"                   # the first with a review
 
 
 def test_a_lesson_that_is_not_learned_ends_the_run(tmp_path, monkeypatch, capsys):
