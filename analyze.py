@@ -584,17 +584,17 @@ def off_line(lab, shots, n, run=0):
     return at_offsets(lab, 1 + order[:, :shots], run)
 
 @torch.no_grad()
-def log_probabilities(lab, tokens):
+def centred_logits(lab, tokens):
     """Of each z at the last query of tokens (B, 3k + 3), less their mean: (B, p)."""
     logits = torch.cat([lab.model(t[:, :-1])[:, -1] for t in tokens.split(g.CHUNK)])
-    return logits - logits.mean(1, keepdim=True)             # log_softmax differs by a constant
+    return logits - logits.mean(1, keepdim=True)
 
 # By pairs? Ask after two examples alone, at each pair of offsets; and see what heads fetch.
 
 def accuracy_of_pairs(lab, pairs):
     """Of the model after two examples at these offsets, pairs (n, 2): (n,)."""
     tokens = at_offsets(lab, torch.cat((pairs, pairs.flip(1))).repeat(EACH_PAIR, 1))
-    said = log_probabilities(lab, tokens).argmax(1)
+    said = centred_logits(lab, tokens).argmax(1)
     return (said == tokens[:, -1]).float().view(2 * EACH_PAIR, len(pairs)).mean(0)
 
 def attention_by_offset(lab):
@@ -642,10 +642,10 @@ def measure_shots(lab):
     for shots in [n for n in (2, 3, 4, 6, 8, 12) if n < min(lab.k, lab.p - 1)]:
         tokens = off_line(lab, shots, 8 * SEQUENCES)
         xyz = tokens.unflatten(1, (-1, 3))                                   # (B, shots + 1, 3)
-        after = torch.stack([log_probabilities(lab, xyz[:, [i, j, -1]].flatten(1))
+        after = torch.stack([centred_logits(lab, xyz[:, [i, j, -1]].flatten(1))
                              for i, j in itertools.combinations(range(shots), 2)])
         surest = after.softmax(-1).amax(0).argmax(1)             # (pairs, B, p) to (B,)
-        said, right = log_probabilities(lab, tokens).argmax(1), tokens[:, -1]
+        said, right = centred_logits(lab, tokens).argmax(1), tokens[:, -1]
         rows[shots] = {name: hits.float().mean().item() for name, hits in (
             ("model", said == right), ("surest pair", surest == right),
             ("same answer", said == surest))}
@@ -687,7 +687,7 @@ def measure_characters(lab):
     """After three examples, of that "component" of the task, a or b, that explains the answers
     better: the "weights" (M,) of the characters, "share" of the largest, "R^2" beside nulls."""
     tokens, order = off_line(lab, 3, 8 * SEQUENCES), g.powers(lab.p)
-    target, chi = log_probabilities(lab, tokens), characters(order)
+    target, chi = centred_logits(lab, tokens), characters(order)
     others = torch.cat((tokens[:, :-3].roll(1, 0), tokens[:, -3:]), dim=1)   # another's examples
     implied, foreign = (implied_tasks(t, lab.p) for t in (tokens, others))           # (B, k, p, 2)
     fits = [regress(target, agreement(implied[..., i], chi)) for i in (0, 1)]
@@ -707,7 +707,7 @@ def measure_labels(lab):
     changed, generator = tokens.clone(), torch.Generator().manual_seed(SEED + 1)
     changed[:, 2] += torch.randint(1, p, (len(tokens),), generator=generator)
     changed[:, 2] %= p
-    said, now = (log_probabilities(lab, t).argmax(1) for t in (tokens, changed))
+    said, now = (centred_logits(lab, t).argmax(1) for t in (tokens, changed))
     rows, right, log = {}, said == tokens[:, -1], F.pad(g.powers(p).argsort(), (1, 0), value=-1)
     each = torch.arange(len(tokens))
     old, new = (implied_tasks(t, p)[each, 0, tokens[:, -1]] for t in (tokens, changed))  # (B, 2)

@@ -478,7 +478,7 @@ def test_a_changed_label_matters_if_it_changes_the_class(monkeypatch):
 def test_by_how_much_a_label_changes_does_not_depend_on_the_query(monkeypatch):
     """One seed for both once made the change of z a function of the query's ratio."""
     asked = []
-    monkeypatch.setattr(a, "log_probabilities",
+    monkeypatch.setattr(a, "centred_logits",
                         lambda lab, tokens: asked.append(tokens) or torch.rand(len(tokens), 11))
     a.measure_labels(planted_lab(p=11, tasks=40))
     tokens, changed = asked
