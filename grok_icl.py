@@ -56,8 +56,8 @@ class Config:
                               (1, 1e15))
     init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
-    lessons: str = option("auto", "none", "auto: pairs from three blocks on, else lines",
-                          choices=["auto", "pairs", "lines", "none"])
+    lessons: str = option("auto", "none", "auto: lines; from three blocks on pairs, or squares",
+                          choices=["auto", "pairs", "squares", "lines", "none"])
     shared_inputs: bool = option(False, True, "all tasks see the same inputs in a step")
     optimizer: str = option("muon", "adamw", "for the blocks' matrices", choices=["muon", "adamw"])
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
@@ -84,8 +84,7 @@ PRESETS = {                   # in place of the defaults; a flag on the command 
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
     "regression-small": dict(p=17, tasks=200, depth=4, heads=6, embd=96, batch=48, steps=1500,
                              rope_base=1e6, lr=0.02),
-    "regression": dict(tasks=640, depth=4, heads=8, embd=256, init_std=.035, batch=128, steps=6000,
-                       lessons="lines"),      # at p = 29 those of pairs didn't get as far
+    "regression": dict(tasks=640, depth=4, steps=2400),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)}}
 
 MLP_RATIO = 4                 # MLP width / residual width
@@ -122,6 +121,10 @@ def powers(p):
         row = [pow(base, n, p) for n in range(p - 1)]
         if len(set(row)) == p - 1:
             return torch.tensor(row)
+
+def is_square(n, p):
+    """Which numbers n, of any shape, are squares mod p other than 0: the even powers."""
+    return torch.isin(n % p, powers(p)[::2].to(n.device))
 
 def choose_rectangles(p, n, generator, tries=100):
     """n pre-training tasks by the paper's rectangular rule, (n, 2).
@@ -280,16 +283,20 @@ class GPT(nn.Module):
 # --------------------------------------------------------------------------------------- 5. Lessons
 # Ratio Matching takes two skills, to divide and to find the example on the query's line. Neither
 # earns anything without the other. Where all examples are on one line any of them will do, so the
-# lessons begin there, and then allow more lines. Modular Regression is the same trap again: one
-# example off the query's line earns nothing until a second one is found, and their weights. So
-# from three blocks on there follows a row: the ratio r = y/x grows by a factor h from example to
-# example, the same h in all rows. Then t = z/x = a + b r has t[i] = (1 + h) t[i - 1] - h t[i - 2]:
-# always the two examples before, and always the same weights. In order:
+# lessons begin there, and then allow more lines.
+#
+# Modular Regression is the same trap again. Divide by y: an example's height t = z/y is a s + b,
+# with s = x/y its place. One example off the query's line earns nothing until a second is found,
+# and their weights. From three blocks on there follow lessons of one of two kinds.
+#   Pairs. In a row s falls by a factor h from example to example, the same h in all rows. Then
+# h t[i] = (1 + h) t[i - 1] - t[i - 2]: always the two examples before, and always the same weights.
+#   Squares. If the slope a is known to be a square mod p, one example alone excludes half of the
+# answers: t - t[i] must be a square if s - s[i] is one, and else not. At first all s - s[i] are.
 #
 #     1, 2, 4, ... lines   divide; then find the example on the query's line
-#     row                  combine the two preceding examples
-#     row with gaps        the same without relying on their distance
-#     each line once       find the two anywhere
+#     row                  combine the two preceding examples             or   side
+#     row with gaps        the same without relying on their distance     or   squares
+#     each line once       find the two anywhere                          or   a is any again
 #     free                 the paper's training
 #
 # 0 has no logarithm, so that no row has the axes, and a model that divides by y fails where y = 0.
@@ -301,8 +308,9 @@ class Lesson:
     name: str
     lines: int                   # how many a sequence may have
     examples: int                # how many it has, if cfg.examples allows
-    order: str = "any"           # any: each example on any of the lines; row: on lines r, rh, ...;
+    order: str = "any"           # any: each example on any of the lines; row, side: see above;
     #                              once: no two on one line, in random order; axis: all on one axis
+    squares: bool = False        # only tasks whose a is a square other than 0
     more: int = 1                # times the usual number of sequences
     gaps: bool = False           # between examples, random ones
     score_y: bool = False        # the loss is of y, too
@@ -316,11 +324,12 @@ def lessons(cfg):
     """The lessons of a run in order; the last has free inputs. To add one, list it here."""
     p, kind = cfg.p, cfg.lessons
     if kind == "auto":
-        kind = "pairs" if cfg.depth > 2 and min(p - 1, cfg.examples) > 2 else "lines"
+        kind = ("lines" if cfg.depth < 3 or min(p - 1, cfg.examples) < 3 else
+                "pairs" if p < 20 else "squares")
     free = Lesson("free", p + 1, cfg.examples, steps=cfg.steps)  # the paper's training
     if kind == "none":
         return [free]
-    more = 1 if kind == "pairs" else 2              # without pairs, small batches learn slowly
+    more = 2 if kind == "lines" else 1              # with lines alone small batches learn slowly
     lines = [
         Lesson("1 line", 1, 8, more=more, gaps=True, score_y=True),
         Lesson("2 lines", 2, 8, more=more, gaps=True),
@@ -328,14 +337,21 @@ def lessons(cfg):
           for n in (4, 8, 16, 32, 64, 128, 256, 512) if n <= p)]
     if kind == "lines":
         return [*lines, free]
-    few = min(8, p - 1)
-    row = Lesson("row", few, few, order="row", skill=REGRESSION, rate=0.8, enough=0.8,
-                 reviews=(free,))
-    gaps = replace(row, name="row with gaps", gaps=True)
     axis = Lesson("axis", 1, 8, order="axis")
-    once = Lesson("each line once", p + 1, p + 1, order="once", skill=REGRESSION, rate=0.4,
-                  enough=0.35, reviews=(free, gaps, axis))       # free sequences teach the rest
-    return [*lines, row, gaps, once, replace(free, rate=0.4, reviews=(once, axis))]
+    once = Lesson("each line once", p + 1, p + 1, order="once", skill=REGRESSION, enough=0.35)
+    if kind == "pairs":
+        few = min(8, p - 1)
+        row = Lesson("row", few, few, order="row", skill=REGRESSION, rate=0.8, enough=0.8,
+                     reviews=(free,))
+        gaps = replace(row, name="row with gaps", gaps=True)
+        return [*lines, row, gaps, replace(once, rate=0.4, reviews=(free, gaps, axis)),
+                replace(free, rate=0.4, reviews=(once, axis))]
+    side = Lesson("side", 4, 4, order="side", squares=True, skill=REGRESSION, rate=0.6, enough=0.1,
+                  reviews=(free,))
+    squares = replace(once, name="squares", squares=True, rate=0.5, enough=0.15,
+                      reviews=(free, axis))
+    return [*lines, side, squares, replace(once, rate=0.5, reviews=(free, squares)),
+            replace(free, rate=0.2, reviews=(once, axis))]
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
@@ -363,6 +379,8 @@ def allowed_lines(lesson, n, k, input_lines, p, rng):
         line = p * torch.randint(2, (n, 1), **rng).expand(n, k)
     elif lesson.order == "once":
         line = torch.rand(n, p + 1, **rng).argsort(1)[:, :k]
+    elif lesson.order == "side":                  # each x/y less any before it is a square
+        line = line_of(F.pad(draw_side(n, k, p, rng)[..., None], (0, 1), value=1), p)
     else:                                                        # a row, by logarithms
         first = torch.randint(p - 1, (n, 1), **rng)
         log = first + torch.arange(k, device=first.device)                           # (n, k)
@@ -370,11 +388,23 @@ def allowed_lines(lesson, n, k, input_lines, p, rng):
     # Not 0, for a line may have no input that is trained on; else one draw in 50,000 strays.
     return F.one_hot(line, p + 1).float().clamp(min=1e-6)
 
+def draw_side(n, k, p, rng):
+    """n times k places x/y, random but that each less any before it is a square, (n, k), as long as
+    there are such."""
+    place, drawn = torch.arange(p, device=rng["device"]), []
+    weights = torch.ones(n, p, device=rng["device"])
+    for _ in range(k):
+        drawn.append(torch.multinomial(weights, 1, generator=rng["generator"]))      # (n, 1)
+        weights = weights * is_square(place - drawn[-1], p) + 1e-9                   # (n, p)
+    return torch.cat(drawn, dim=1)
+
 def training_batch(split, input_lines, lesson, cfg, generator):
     """The sequences of a step, tokens (B, 3k). In a batch no task comes twice before all came once;
     inputs are drawn with replacement from those to train on, by the weights of their lines.
     input_lines (inputs,) is line_of(split["train_inputs"])."""
     tasks, inputs = split["id"], split["train_inputs"]
+    if lesson.squares and (has := is_square(tasks[:, 0], cfg.p)).any():
+        tasks = tasks[has]
     rng = dict(generator=generator, device=input_lines.device)
     B, k = batch_shape(lesson, cfg)
     rounds = math.ceil(B / len(tasks))                           # times through the tasks
@@ -737,7 +767,7 @@ def check_settings(cfg):
     need(cfg.embd % (2 * cfg.heads) == 0, "heads",
          f"a divisor of half of --embd {cfg.embd}: each head's width is even, for the rotation")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")
-    need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
+    need(cfg.lessons not in ("pairs", "squares") or min(p - 1, cfg.examples) > 2, "lessons",
          "auto, lines or none with --p 3 or --examples 2: a pair needs a third line")
 
 def complain(error):

@@ -124,7 +124,8 @@ def test_fewer_tasks_are_some_of_the_same():
 
 def lesson(cfg, name):
     """The lesson of that name of a run that has all of them."""
-    return next(l for l in g.lessons(dataclasses.replace(cfg, lessons="pairs")) if l.name == name)
+    return next(l for kind in ("pairs", "squares")
+                for l in g.lessons(dataclasses.replace(cfg, lessons=kind)) if l.name == name)
 
 
 def quickly(monkeypatch, enough=0.1):
@@ -198,12 +199,12 @@ def test_the_paper_has_free_sequences_alone():
 
 
 @pytest.mark.parametrize("depth, p, examples, last", [
-    (2, 29, 32, "16 lines"), (3, 29, 32, "each line once"), (4, 13, 24, "each line once"),
+    (2, 29, 32, "16 lines"), (3, 29, 32, "squares"), (4, 13, 24, "row with gaps"),
     (4, 3, 32, "2 lines"), (4, 13, 2, "8 lines")])
 def test_deeper_models_get_lessons_for_pairs_where_there_are_pairs(depth, p, examples, last):
     names = [l.name for l in g.lessons(tiny(depth=depth, p=p, examples=examples, lessons="auto"))]
-    assert names[-2:] == [last, "free"] and names[0] == "1 line"
-    assert [*{*names}].sort() == [*names].sort()
+    more = [] if last.endswith("lines") else ["each line once"]
+    assert names[-2 - len(more):] == [last, *more, "free"] and names[0] == "1 line"
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -243,6 +244,37 @@ def test_each_line_comes_once_in_any_order():
     slopes = [tuple(slope(x, y, p) for x, y, _ in s) for s in sequences.tolist()]
     assert all({*s} == {None, *range(p)} and len(s) == p + 1 for s in slopes)
     assert len({*slopes}) > 50 and {s[0] for s in slopes} == {None, *range(p)}
+
+
+SQUARES = {11: {1, 3, 4, 5, 9}, 13: {1, 3, 4, 9, 10, 12}}
+
+
+@pytest.mark.parametrize("p", SQUARES)
+@pytest.mark.parametrize("name", ["side", "squares"])
+def test_where_all_slopes_are_squares_an_example_excludes_half_of_the_answers(p, name):
+    """On a side for one reason: all places x/y less those before them are squares."""
+    cfg = tiny(p=p, tasks=40, batch=60, examples=20)
+    split, sequences = batch_of(cfg, lesson(cfg, name))
+    fits = [[a for a, b in rows(split["id"]) if all((a * x + b * y - z) % p == 0
+                                                    for x, y, z in s)] for s in sequences.tolist()]
+    assert all({*slopes} & SQUARES[p] for slopes in fits)
+    assert {a for [a, *_] in fits} == {a for a, _ in rows(split["id"])} & SQUARES[p]
+    steps = []
+    for sequence in sequences.tolist():
+        places = [slope(y, x, p) if x else 0 for x, y, _ in sequence]                # x/y
+        for i, place in enumerate(places):
+            can = [t for t in range(p) if all(
+                s is None or (t - s) % p in SQUARES[p] for s in places[:i])]
+            steps.append(place in can or not can)
+    assert all(steps) == (name == "side")
+
+
+def test_without_a_square_the_tasks_are_as_they_are():
+    cfg = tiny(p=5, tasks=4, batch=60)
+    split, line = g.make_split(cfg), g.line_of(g.grid(5), 5)
+    split |= {"id": torch.tensor([[2, 0], [3, 1]]), "train_inputs": g.grid(5)}
+    batch = g.training_batch(split, line, lesson(cfg, "squares"), cfg, torch.Generator())
+    assert len(batch) == 60
 
 
 def test_on_an_axis_all_x_are_0_or_all_y():
@@ -672,6 +704,7 @@ def interrupted(cfg, step, monkeypatch, checkpoint=None):
 @pytest.mark.parametrize("changes", [
     dict(optimizer="adamw"), dict(amp="bf16"), dict(shared_inputs=True),
     dict(lessons="lines", steps=6), dict(lessons="pairs", steps=6),
+    dict(lessons="squares", steps=6),
     *(pytest.param(dict(device="cuda", amp=amp), marks=needs_cuda)
       for amp in ("off", "bf16"))])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, changes):
@@ -972,6 +1005,7 @@ def test_no_assert_decides_about_what_a_user_gives():
     (["--device", "gpu"], ["--device gpu", "cpu"]),
     (["--lessons", "pairs", "--examples", "2"], ["--lessons pairs", "auto"]),
     (["--lessons", "pairs", "--p", "3", "--tasks", "4"], ["--lessons pairs", "auto"]),
+    (["--lessons", "squares", "--examples", "2"], ["--lessons squares", "auto"]),
     (["--lessons", "all"], ["--lessons", "all", "pairs"]),
     (["--amp", "fp8"], ["--amp", "fp8", "bf16"]),
     (["--optimizer", "sgd"], ["--optimizer", "sgd", "muon"]),
