@@ -84,7 +84,7 @@ PRESETS = {                   # in place of the defaults; a flag on the command 
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
     "regression-small": dict(p=17, tasks=200, depth=4, heads=6, embd=96, batch=48, steps=1500,
                              rope_base=1e6, lr=0.02),
-    "regression": dict(tasks=640, depth=4, steps=2400),
+    "regression": dict(tasks=640, depth=4, steps=2200),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)}}
 
 MLP_RATIO = 4                 # MLP width / residual width
@@ -287,16 +287,22 @@ class GPT(nn.Module):
 #
 # Modular Regression is the same trap again. Divide by y: an example's height t = z/y is a s + b,
 # with s = x/y its place. One example off the query's line earns nothing until a second is found,
-# and their weights. From three blocks on there follow lessons of one of two kinds.
+# and their weights. So from three blocks on there follow lessons of one of two kinds.
 #   Pairs. In a row s falls by a factor h from example to example, the same h in all rows. Then
 # h t[i] = (1 + h) t[i - 1] - t[i - 2]: always the two examples before, and always the same weights.
-#   Squares. If the slope a is known to be a square mod p, one example alone excludes half of the
-# answers: t - t[i] must be a square if s - s[i] is one, and else not. At first all s - s[i] are.
+#   Squares. Let the slope a be a square mod p. Then one example i excludes half of the answers: if
+# s - s[i] is a square, t - t[i] must be one, too, and else not. On a "side" all s - s[i] are.
 #
 #     1, 2, 4, ... lines   divide; then find the example on the query's line
-#     row                  combine the two preceding examples             or   side
-#     row with gaps        the same without relying on their distance     or   squares
-#     each line once       find the two anywhere                          or   a is any again
+#
+#     row                  combine the two preceding examples
+#     row with gaps        the same without relying on their distance
+#     each line once       find the two anywhere
+#                  or
+#     side                 exclude half of the answers, in one way for all examples
+#     squares              see which way it is for each example
+#     each line once       the same, a being a square or not
+#
 #     free                 the paper's training
 #
 # 0 has no logarithm, so that no row has the axes, and a model that divides by y fails where y = 0.
@@ -344,14 +350,14 @@ def lessons(cfg):
         row = Lesson("row", few, few, order="row", skill=REGRESSION, rate=0.8, enough=0.8,
                      reviews=(free,))
         gaps = replace(row, name="row with gaps", gaps=True)
-        return [*lines, row, gaps, replace(once, rate=0.4, reviews=(free, gaps, axis)),
-                replace(free, rate=0.4, reviews=(once, axis))]
-    side = Lesson("side", 4, 4, order="side", squares=True, skill=REGRESSION, rate=0.6, enough=0.1,
-                  reviews=(free,))
-    squares = replace(once, name="squares", squares=True, rate=0.5, enough=0.15,
-                      reviews=(free, axis))
-    return [*lines, side, squares, replace(once, rate=0.5, reviews=(free, squares)),
-            replace(free, rate=0.2, reviews=(once, axis))]
+        pairs = [row, gaps, replace(once, rate=0.4, reviews=(free, gaps, axis))]
+    else:
+        side = Lesson("side", 4, 4, order="side", squares=True, skill=REGRESSION, rate=0.6,
+                      enough=0.1, reviews=(free,))
+        squares = replace(once, name="squares", squares=True, rate=0.5, enough=0.15,
+                          reviews=(free, axis))
+        pairs = [side, squares, replace(once, rate=0.5, reviews=(free, squares))]
+    return [*lines, *pairs, replace(free, rate=0.4, reviews=(once, axis))]
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
