@@ -197,18 +197,18 @@ def solvable(tokens, p):
 # ask others, which gives the same logits with less work.
 EVERY_TOKEN, EACH_Y = slice(None), slice(1, None, 3)     # which tokens of x y z x y z ... ask
 
-def rotary_tables(places, width, base):
-    """cos and sin of place * frequency, (T, width / 2): one for each pair of a head's numbers.
+def rotary_tables(positions, width, base):
+    """cos and sin of position * frequency, (T, width / 2): one for each pair of a head's numbers.
 
-    The first pairs turn fast and tell places apart. The last ones hardly turn at all, and are free
-    to compare what tokens say. A larger base gives more of these."""
-    pair = torch.arange(width // 2, dtype=torch.float32, device=places.device)
+    The first pairs turn fast and tell positions apart. The last ones hardly turn at all, and are
+    free to compare what tokens say. A larger base gives more of these."""
+    pair = torch.arange(width // 2, dtype=torch.float32, device=positions.device)
     frequencies = base ** (-2 * pair / width)                    # (D / 2,), from 1 to 1 / base
-    angles = torch.outer(places, frequencies)
+    angles = torch.outer(positions, frequencies)
     return angles.cos(), angles.sin()
 
 def rotate(x, cos, sin):
-    """Turn pairs (u, v) of x (..., T, D) by their place's angle: scores depend on distances."""
+    """Turn pairs (u, v) of x (..., T, D) by their position's angle: scores depend on distances."""
     u, v = x.chunk(2, dim=-1)
     return torch.cat((u * cos - v * sin, u * sin + v * cos), dim=-1)
 
@@ -266,13 +266,13 @@ class GPT(nn.Module):
                 shrink = math.sqrt(2 * cfg.depth) if name.endswith("mlp.down.weight") else 1
                 nn.init.normal_(weight, std=cfg.init_std / shrink)
 
-    def forward(self, tokens, asking=EACH_Y, places=None):
+    def forward(self, tokens, asking=EACH_Y, positions=None):
         """Logits of the token after each that `asking` selects: tokens (B, T) -> (B, Q, p).
 
-        By default at each y, so that Q = k. places (T,): where tokens stand, else 0, 1, 2, ..."""
-        if places is None:
-            places = torch.arange(tokens.size(1), device=tokens.device)
-        cos, sin = rotary_tables(places, self.head_width, self.rope_base)            # (T, D / 2)
+        By default at each y, so that Q = k. positions (T,) of the tokens: else 0, 1, 2, ..."""
+        if positions is None:
+            positions = torch.arange(tokens.size(1), device=tokens.device)
+        cos, sin = rotary_tables(positions, self.head_width, self.rope_base)         # (T, D / 2)
         x = self.embedding(tokens)                                                   # (B, T, C)
         *others, last = self.blocks
         for block in others:
@@ -286,12 +286,14 @@ class GPT(nn.Module):
 # lessons begin there, and then allow more lines.
 #
 # Modular Regression is the same trap again. Divide by y: an example's height t = z/y is a s + b,
-# with s = x/y its place. One example off the query's line earns nothing until a second is found,
-# and their weights. So from three blocks on there follow lessons of one of two kinds.
-#   Pairs. In a row s falls by a factor h from example to example, the same h in all rows. Then
-# h t[i] = (1 + h) t[i - 1] - t[i - 2]: always the two examples before, and always the same weights.
-#   Squares. Let the slope a be a square mod p. Then one example i excludes half of the answers: if
-# s - s[i] is a square, t - t[i] must be one, too, and else not. On a "side" all s - s[i] are.
+# with s = x/y its place. One example off the query's line earns nothing before a second one is
+# found, and both their weights. From three blocks on there follow lessons of one of two kinds: a
+# row makes the second example easy to find, and squares make the first earn something by itself.
+#   Row (p < 20). From example to example y/x is multiplied by g, the same in all rows, so that s is
+# divided by it. Then g t[n] = (1 + g) t[n-1] - t[n-2]: always these two, always with these weights.
+#   Squares (p > 20). Let the slope a be a square mod p. As t - t[i] = a (s - s[i]), one of these
+# differences is a square just if the other is. So each example i excludes half of the answers t.
+# Squares are like positive numbers: on a "side", all examples are on the same side of the query.
 #
 #     1, 2, 4, ... lines   divide; then find the example on the query's line
 #
@@ -300,19 +302,19 @@ class GPT(nn.Module):
 #     each line once       find the two anywhere
 #                  or
 #     side                 exclude half of the answers, in one way for all examples
-#     squares              see which way it is for each example
-#     each line once       the same, a being a square or not
+#     squares              see on which side each example is
+#     each line once       any a: whatever the examples exclude, they must agree
 #
 #     free                 the paper's training
 #
-# 0 has no logarithm, so that no row has the axes, and a model that divides by y fails where y = 0.
-# Therefore there is a lesson "axis", to be reviewed. Without reviews earlier skills are forgotten.
+# Rows leave out both axes, as 0 has no logarithm, and a model that divides by y fails where y = 0.
+# So a lesson "axis" is reviewed, with others: without reviews earlier skills are forgotten.
 
 @dataclass
 class Lesson:
     """A kind of training sequence, and when it is learned."""
     name: str
-    lines: int                   # how many a sequence may have
+    lines: int                   # how many a sequence has, at most
     examples: int                # how many it has, if cfg.examples allows
     order: str = "any"           # any: each example on any of the lines; row, side: see above;
     #                              once: no two on one line, in random order; axis: all on one axis
@@ -321,7 +323,7 @@ class Lesson:
     gaps: bool = False           # between examples, random ones
     score_y: bool = False        # the loss is of y, too
     skill: int = RATIO           # the algorithm whose solvable queries count
-    enough: float = 0.9          # the share of them that must be right
+    enough: float = 0.9          # the share of them that must be right, far above a good guess
     reviews: tuple = ()          # other lessons, in turn at every other step
     rate: float = 1.0            # share of the peak learning rates
     steps: int = 2000            # it may take, else the run ends; the last lesson takes them all
@@ -349,15 +351,15 @@ def lessons(cfg):
         few = min(8, p - 1)
         row = Lesson("row", few, few, order="row", skill=REGRESSION, rate=0.8, enough=0.8,
                      reviews=(free,))
-        gaps = replace(row, name="row with gaps", gaps=True)
-        pairs = [row, gaps, replace(once, rate=0.4, reviews=(free, gaps, axis))]
+        apart = replace(row, name="row with gaps", gaps=True)
+        harder = [row, apart, replace(once, rate=0.4, reviews=(free, apart, axis))]
     else:
         side = Lesson("side", 4, 4, order="side", squares=True, skill=REGRESSION, rate=0.6,
                       enough=0.1, reviews=(free,))
         squares = replace(once, name="squares", squares=True, rate=0.5, enough=0.15,
                           reviews=(free, axis))
-        pairs = [side, squares, replace(once, rate=0.5, reviews=(free, squares))]
-    return [*lines, *pairs, replace(free, rate=0.4, reviews=(once, axis))]
+        harder = [side, squares, replace(once, rate=0.5, reviews=(free, squares))]
+    return [*lines, *harder, replace(free, rate=0.4, reviews=(once, axis))]
 
 def todays_lesson(lesson, step):
     """The lesson that a step is of: this one, or one that it reviews."""
@@ -379,24 +381,25 @@ def allowed_lines(lesson, n, k, input_lines, p, rng):
         if lesson.lines > p:
             return torch.ones(n, 1, p + 1, device=input_lines.device)
         drawn = torch.randint(len(input_lines), (n, lesson.lines), **rng)    # inputs whose lines
-        lines = torch.zeros(n, p + 1, device=input_lines.device)             # are allowed; two may
-        return lines.scatter(1, input_lines[drawn], 1).unsqueeze(1)          # lie on the same one
-    if lesson.order == "axis":
+        lines = torch.zeros(n, p + 1, device=input_lines.device)             # are allowed
+        return lines.scatter(1, input_lines[drawn], 1).unsqueeze(1)          # (n, 1, p + 1)
+    if lesson.order == "axis":                                   # line 0 or p
         line = p * torch.randint(2, (n, 1), **rng).expand(n, k)
     elif lesson.order == "once":
         line = torch.rand(n, p + 1, **rng).argsort(1)[:, :k]
-    elif lesson.order == "side":                  # each x/y less any before it is a square
-        line = line_of(F.pad(draw_side(n, k, p, rng)[..., None], (0, 1), value=1), p)
+    elif lesson.order == "side":
+        place = draw_side(n, k, p, rng)
+        line = line_of(torch.stack((place, torch.ones_like(place)), dim=-1), p)
     else:                                                        # a row, by logarithms
         first = torch.randint(p - 1, (n, 1), **rng)
         log = first + torch.arange(k, device=first.device)                           # (n, k)
         line = powers(p).to(first.device)[log % (p - 1)]
-    # Not 0, for a line may have no input that is trained on; else one draw in 50,000 strays.
+    # Not 0, for a line may have no input that is trained on. One draw in 50,000 strays.
     return F.one_hot(line, p + 1).float().clamp(min=1e-6)
 
 def draw_side(n, k, p, rng):
-    """n times k places x/y, random but that each less any before it is a square, (n, k), as long as
-    there are such."""
+    """n times k places x/y, at random so that each minus every earlier one is a square: (n, k).
+    Where there is none, any: p = 13 and 17 have only three such."""
     place, drawn = torch.arange(p, device=rng["device"]), []
     weights = torch.ones(n, p, device=rng["device"])
     for _ in range(k):
@@ -419,30 +422,30 @@ def training_batch(split, input_lines, lesson, cfg, generator):
     allowed = allowed_lines(lesson, n, k, input_lines, cfg.p, rng)
     # (n, inputs), for k draws from each, or (n k, inputs), for one
     weights = allowed[:, :, input_lines].flatten(0, 1)
-    chosen = torch.multinomial(weights, k // allowed.size(1), replacement=True,
-                               generator=generator).view(n, k)
+    draws = k // allowed.size(1)                                                     # k or 1
+    chosen = torch.multinomial(weights, draws, replacement=True, generator=generator).view(n, k)
     if cfg.shared_inputs:                                        # one set each time through
         chosen = chosen.repeat_interleave(len(tasks), 0)[:B]
     return to_tokens(tasks[order], inputs[chosen], cfg.p)                            # (B, 3k)
 
-def places_of_tokens(lesson, k, cfg, generator):
+def positions_of_tokens(lesson, k, cfg, generator):
     """Where a model sees the tokens of k examples, (3k - 1,): at 0, 1, 2, ..., or with gaps.
 
     Where the preceding example always helps, a model may find it by its distance, and never learn
-    to look for an example by what it says. With gaps the k examples, in order, take random places
-    out of 1.5 k (at most cfg.examples), others at each step. The last z is not shown."""
-    place = torch.arange(k, device=generator.device)
+    to look for an example by what it says. With gaps the k examples, in order, stand at random ones
+    of 1.5 k positions (at most cfg.examples), others at each step. The last z is not shown."""
+    position = torch.arange(k, device=generator.device)
     if lesson.gaps:
         n = min(cfg.examples, 3 * k // 2)
-        place = torch.randperm(n, generator=generator, device=generator.device)[:k].sort().values
-    return (3 * place[:, None] + torch.arange(3, device=place.device)).flatten()[:-1]
+        position = torch.randperm(n, generator=generator, device=generator.device)[:k].sort().values
+    return (3 * position[:, None] + torch.arange(3, device=position.device)).flatten()[:-1]
 
-def training_loss(model, batch, places=None, score_y=False):
+def training_loss(model, batch, positions=None, score_y=False):
     """Cross-entropy of the z in a batch (B, 3k), and their logits (B, k, p); score_y: of y, too.
 
     Scoring y is not in the paper. On one line an example's ratio y/x tells the y of each other x,
     and by this ratio the model later finds the example on the query's line."""
-    logits = model(batch[:, :-1], EVERY_TOKEN if score_y else EACH_Y, places)
+    logits = model(batch[:, :-1], EVERY_TOKEN if score_y else EACH_Y, positions)
     of_z = logits[:, 1::3] if score_y else logits                                    # (B, k, p)
     loss = F.cross_entropy(of_z.flatten(0, 1), batch[:, 2::3].flatten())
     if score_y:                                                  # it is predicted at each x
@@ -621,9 +624,9 @@ def train(run, cfg):
             lesson = current_lesson(run)
             today = todays_lesson(lesson, run.step)              # it may be a review
             batch = training_batch(split, input_lines, today, cfg, run.generator)    # (B, 3k)
-            places = places_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
+            positions = positions_of_tokens(today, batch.size(1) // 3, cfg, run.generator)
             with run.autocast:
-                loss, logits = training_loss(model, batch, places, today.score_y)
+                loss, logits = training_loss(model, batch, positions, today.score_y)
             update_weights(run, loss, lr_factor(run, cfg))
             run.step += 1
             bar.update()

@@ -306,17 +306,17 @@ def test_a_lesson_is_learned_when_enough_of_its_queries_are_right(skill, name):
         assert g.is_learned(g.Lesson("", 1, 4, skill=skill), tokens, logits, 7) == learned
 
 
-def test_gaps_spread_examples_over_more_places():
+def test_gaps_spread_examples_over_more_positions():
     cfg, generator = tiny(examples=9), torch.Generator().manual_seed(0)
     spread = g.Lesson("", 1, 4, gaps=True)
-    drawn = torch.stack([g.places_of_tokens(spread, 4, cfg, generator) for _ in range(1500)])
-    examples = F.pad(drawn, (0, 1), value=99).view(-1, 4, 3)     # 4 examples in 6 places: 15 ways
+    drawn = torch.stack([g.positions_of_tokens(spread, 4, cfg, generator) for _ in range(1500)])
+    examples = F.pad(drawn, (0, 1), value=99).view(-1, 4, 3)     # 4 examples, 6 positions: 15 ways
     assert (examples[:, :3].diff(dim=2) == 1).all() and (examples[..., 0] % 3 == 0).all()
     counts = drawn.unique(dim=0, return_counts=True)[1]
     assert len(counts) == 15 and counts.min() > 60 and counts.max() < 145     # 100 each, sd 10
     assert (examples[..., 0].diff(dim=1) > 0).all() and drawn.max() == 16
     for settled, l in ((cfg, g.Lesson("", 4, 4)), (tiny(examples=4), spread)):
-        assert g.places_of_tokens(l, 4, settled, generator).tolist() == list(range(11))
+        assert g.positions_of_tokens(l, 4, settled, generator).tolist() == list(range(11))
 
 
 def test_the_loss_is_of_z_and_on_demand_of_y():
@@ -425,15 +425,15 @@ def test_rotary_scores_depend_on_distance_alone():
 
 
 @pytest.mark.parametrize("asking", [g.EVERY_TOKEN, g.EACH_Y])
-@pytest.mark.parametrize("places", [
+@pytest.mark.parametrize("positions", [
     [*range(14)], [0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 21, 22]])
-def test_attention_equals_torchs_own(asking, places):
+def test_attention_equals_torchs_own(asking, positions):
     """Also where short sequences have gaps; a rotation is a product with a complex number."""
     model, tokens = model_and_tokens(examples=8)
     layer, x, weights = model.blocks[0].attention, model.embedding(tokens[:, :14]), []
     layer.softmax.register_forward_hook(lambda module, args, output: weights.append(output))
-    ours = layer(x, *g.rotary_tables(torch.tensor(places), 8, 1e4), asking)
-    angles = torch.outer(torch.tensor(places), 10_000 ** (-torch.arange(4) / 4))
+    ours = layer(x, *g.rotary_tables(torch.tensor(positions), 8, 1e4), asking)
+    angles = torch.outer(torch.tensor(positions), 10_000 ** (-torch.arange(4) / 4))
 
     def heads(linear):
         return linear(x).view(len(x), 14, 2, 8).transpose(1, 2)
@@ -447,14 +447,14 @@ def test_attention_equals_torchs_own(asking, places):
     torch.testing.assert_close(weights[0] @ heads(layer.value), theirs[:, :, asking])
 
 
-def test_the_model_sees_the_places_it_is_told():
+def test_the_model_sees_the_positions_it_is_told():
     """0, 1, 2, ... by default, and a shift of all of them changes nothing; a gap does."""
     model, tokens = model_and_tokens()
-    places = torch.arange(tokens.size(1))
+    positions = torch.arange(tokens.size(1))
     plain = model(tokens)
-    assert torch.equal(plain, model(tokens, places=places))
-    torch.testing.assert_close(plain, model(tokens, places=places + 5), atol=1e-4, rtol=1e-4)
-    apart = model(tokens, places=places + 3 * (places >= 6))
+    assert torch.equal(plain, model(tokens, positions=positions))
+    torch.testing.assert_close(plain, model(tokens, positions=positions + 5), atol=1e-4, rtol=1e-4)
+    apart = model(tokens, positions=positions + 3 * (positions >= 6))
     assert torch.equal(plain[:, :2], apart[:, :2])
     assert not torch.allclose(plain[:, 2:], apart[:, 2:])
 
@@ -737,8 +737,8 @@ def test_cuda_computes_what_the_cpu_does(compiled):
     models = [g.GPT(cfg), g.GPT(cfg).cuda()]
     models[1].load_state_dict(models[0].state_dict())
     tokens = random_tokens(7, 6, 20)
-    places = torch.tensor([0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 18, 19, 20, 21, 22])
-    for score_y, gaps in ((True, places), (False, places), (False, None)):
+    positions = torch.tensor([0, 1, 2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 18, 19, 20, 21, 22])
+    for score_y, gaps in ((True, positions), (False, positions), (False, None)):
         seen = []
         for model, device in zip(models, ("cpu", "cuda")):
             model.zero_grad()
