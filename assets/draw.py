@@ -1,7 +1,7 @@
 """
 The pictures of README and pages that analyze.py doesn't draw: python assets/draw.py NAME
 
-    data, circuit, characters   as SVG
+    data, circuit, pairs, characters   as SVG
     curves, grokking, authors   from curves.csv, claims.csv, authors.csv
     fade, lessons               from runs with --snapshots: out/late-16, out/late-32, out/late-64;
                                 out/regression-small
@@ -128,6 +128,38 @@ def circuit():
     d.text(14, 312, "orange: answers that follow when this number is put in from another run", 13,
            ORANGE, "start")
     d.save("circuit.svg")
+
+def pairs():
+    """How a pair of examples is combined: mod 7, the task of regression.md."""
+    d = Drawing(820, 345)
+    for x, words, numbers in ((140, "an example", "1, 5, 3"), (400, "an example", "1, 1, 5"),
+                              (670, "the query", "1, 3, ?")):
+        d.text(x, 24, words, bold=True)
+        d.box(x, 52, 120, "x, y, z = " + numbers, "#ffffff")
+        d.arrow(x - 20, 69, x - 45, 107)
+    for x, place, height in ((140, 3, 2), (400, 1, 5)):
+        d.arrow(x + 20, 69, x + 45, 107)
+        d.box(x - 52, 125, 96, f"x / y = {place}", "#dcebf5")
+        d.box(x + 52, 125, 96, f"z / y = {height}", "#dff1ea")
+    d.box(620, 125, 96, "x / y = 5", "#dcebf5")
+    for x, offset, height in ((230, 2, 2), (480, 1, 5)):
+        d.box(x, 225, 210, f"offset {offset}? fetch z / y = {height}", "#f9e6dc")
+        d.arrow(x - 140, 143, x - 60, 206)
+        d.arrow(x - 35, 143, x, 206)
+    d.arrow(590, 143, 300, 206)
+    d.arrow(610, 143, 540, 206)
+    for x, y, words, anchor in ((118, 230, "one head", "end"), (592, 230, "another head", "start"),
+                                (222, 315, "the MLP", "end")):
+        d.text(x, y, words, 13, GREY, anchor)
+    d.box(360, 310, 260, "offsets 2 and 1: 2 · 2 − 1 · 5 = 6")
+    d.arrow(250, 243, 320, 291)
+    d.arrow(470, 243, 400, 291)
+    d.box(640, 310, 150, "6 · y = 4")
+    d.arrow(491, 310, 563, 310)
+    d.arrow(705, 69, 705, 291)
+    d.arrow(716, 310, 750, 310)
+    d.text(785, 315, "z = 4", 16, bold=True)
+    d.save("pairs.svg")
 
 def characters():
     """How one character compares examples: mod 7, the task of regression.md."""
@@ -305,8 +337,8 @@ def lessons(run="out/regression-small"):
 
 if __name__ == "__main__":
     import grok_icl
-    drawings = {f.__name__: f for f in (data, circuit, characters, curves, grokking, authors,
-                                        fade, lessons)}
+    drawings = {f.__name__: f for f in (data, circuit, pairs, characters, curves, grokking,
+                                        authors, fade, lessons)}
     for name in sys.argv[1:]:
         try:
             if name not in drawings:

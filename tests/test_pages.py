@@ -148,7 +148,7 @@ def test_checks_of_exercises_tell_right_from_wrong(name, monkeypatch):
     assert not re.match(good, outputs[1]), outputs[1]
 
 
-@pytest.mark.parametrize("name", ["data", "circuit", "characters"])
+@pytest.mark.parametrize("name", ["data", "circuit", "pairs", "characters"])
 def test_drawings_are_what_the_script_draws(name, tmp_path, monkeypatch):
     monkeypatch.setattr(draw, "HERE", str(tmp_path))
     getattr(draw, name)()
