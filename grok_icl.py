@@ -357,7 +357,7 @@ def lessons(cfg):
         side = Lesson("side", 4, 4, order="side", squares=True, skill=REGRESSION, rate=0.6,
                       enough=0.1, reviews=(free,))
         squares = replace(once, name="squares", squares=True, rate=0.5, enough=0.15,
-                          reviews=(free, axis))
+                          reviews=(free, side))
         harder = [side, squares, replace(once, rate=0.5, reviews=(free, squares))]
     return [*lines, *harder, replace(free, rate=0.4, reviews=(once, axis))]
 
