@@ -56,8 +56,8 @@ class Config:
                               (1, 1e15))
     init_std: float = option(0.05, 0.02, "standard deviation of the weights at first", (1e-6, 10))
     # how it is trained
-    lessons: str = option("auto", "none", "auto: lines; from three blocks on pairs, or squares",
-                          choices=["auto", "pairs", "squares", "lines", "none"])
+    lessons: str = option("auto", "none", choices=["auto", "pairs", "squares", "lines", "none"],
+                          help="auto: lines; from three blocks on pairs, or squares if p > 20")
     shared_inputs: bool = option(False, True, "all tasks see the same inputs in a step")
     optimizer: str = option("muon", "adamw", "for the blocks' matrices", choices=["muon", "adamw"])
     lr: float = option(0.012, 1.5e-4, "peak learning rate of the blocks' matrices", (1e-12, 1e3))
