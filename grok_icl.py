@@ -286,14 +286,14 @@ class GPT(nn.Module):
 # lessons begin there, and then allow more lines.
 #
 # Modular Regression is the same trap again. Divide by y: an example's height t = z/y is a s + b,
-# with s = x/y its place. One example off the query's line earns nothing before a second one is
-# found, and both their weights. From three blocks on there follow lessons of one of two kinds: a
-# row makes the second example easy to find, and squares make the first earn something by itself.
+# with s = x/y its place. An example off the query's line is worth nothing until a second is found,
+# and the weights of both. From three blocks on there follow lessons of one of two kinds: a row
+# makes the second example easy to find, and squares make the first worth something by itself.
 #   Row (p < 20). From example to example y/x is multiplied by g, the same in all rows, so that s is
 # divided by it. Then g t[n] = (1 + g) t[n-1] - t[n-2]: always these two, always with these weights.
 #   Squares (p > 20). Let the slope a be a square mod p. As t - t[i] = a (s - s[i]), one of these
-# differences is a square just if the other is. So each example i excludes half of the answers t.
-# Squares are like positive numbers: on a "side", all examples are on the same side of the query.
+# differences is a square just if the other is. So each example i excludes half of the answers t,
+# and a few leave only one. On a "side", each place minus every earlier one is a square.
 #
 #     1, 2, 4, ... lines   divide; then find the example on the query's line
 #
@@ -301,9 +301,9 @@ class GPT(nn.Module):
 #     row with gaps        the same without relying on their distance
 #     each line once       find the two anywhere
 #                  or
-#     side                 exclude half of the answers, in one way for all examples
-#     squares              see on which side each example is
-#     each line once       any a: whatever the examples exclude, they must agree
+#     side                 exclude half of the answers, those for which t - t[i] is no square
+#     squares              see for which examples it must be a square, and for which not
+#     each line once       any a: now an answer is excluded if the examples disagree
 #
 #     free                 the paper's training
 #
@@ -323,7 +323,7 @@ class Lesson:
     gaps: bool = False           # between examples, random ones
     score_y: bool = False        # the loss is of y, too
     skill: int = RATIO           # the algorithm whose solvable queries count
-    enough: float = 0.9          # the share of them that must be right, far above a good guess
+    enough: float = 0.9          # the share of them that must be right, above what guessing gives
     reviews: tuple = ()          # other lessons, in turn at every other step
     rate: float = 1.0            # share of the peak learning rates
     steps: int = 2000            # it may take, else the run ends; the last lesson takes them all
@@ -399,7 +399,7 @@ def allowed_lines(lesson, n, k, input_lines, p, rng):
 
 def draw_side(n, k, p, rng):
     """n times k places x/y, at random so that each minus every earlier one is a square: (n, k).
-    Where there is none, any: p = 13 and 17 have only three such."""
+    Where there is none, any; from p = 19 on there are four."""
     place, drawn = torch.arange(p, device=rng["device"]), []
     weights = torch.ones(n, p, device=rng["device"])
     for _ in range(k):
@@ -412,7 +412,7 @@ def training_batch(split, input_lines, lesson, cfg, generator):
     inputs are drawn with replacement from those to train on, by the weights of their lines.
     input_lines (inputs,) is line_of(split["train_inputs"])."""
     tasks, inputs = split["id"], split["train_inputs"]
-    if lesson.squares and (has := is_square(tasks[:, 0], cfg.p)).any():
+    if lesson.squares and (has := is_square(tasks[:, 0], cfg.p)).any():     # if none has, all tasks
         tasks = tasks[has]
     rng = dict(generator=generator, device=input_lines.device)
     B, k = batch_shape(lesson, cfg)
@@ -776,8 +776,10 @@ def check_settings(cfg):
     need(cfg.embd % (2 * cfg.heads) == 0, "heads",
          f"a divisor of half of --embd {cfg.embd}: each head's width is even, for the rotation")
     need(cfg.steps > cfg.warmup, "steps", f"above --warmup {cfg.warmup}; or lower that")
-    need(cfg.lessons not in ("pairs", "squares") or min(p - 1, cfg.examples) > 2, "lessons",
+    need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
          "auto, lines or none with --p 3 or --examples 2: a pair needs a third line")
+    need(cfg.lessons != "squares" or p > 17 and cfg.examples > 2, "lessons",
+         "another with --p below 19, or --examples 2, or auto: squares need more")
 
 def complain(error):
     """Print a BadInput as one line and return the exit code."""

@@ -704,7 +704,7 @@ def interrupted(cfg, step, monkeypatch, checkpoint=None):
 @pytest.mark.parametrize("changes", [
     dict(optimizer="adamw"), dict(amp="bf16"), dict(shared_inputs=True),
     dict(lessons="lines", steps=6), dict(lessons="pairs", steps=6),
-    dict(lessons="squares", steps=6),
+    dict(lessons="squares", p=19, tasks=40, steps=6),
     *(pytest.param(dict(device="cuda", amp=amp), marks=needs_cuda)
       for amp in ("off", "bf16"))])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch, changes):
@@ -1006,6 +1006,7 @@ def test_no_assert_decides_about_what_a_user_gives():
     (["--lessons", "pairs", "--examples", "2"], ["--lessons pairs", "auto"]),
     (["--lessons", "pairs", "--p", "3", "--tasks", "4"], ["--lessons pairs", "auto"]),
     (["--lessons", "squares", "--examples", "2"], ["--lessons squares", "auto"]),
+    (["--lessons", "squares", "--p", "17", "--tasks", "40"], ["--lessons squares", "below 19"]),
     (["--lessons", "all"], ["--lessons", "all", "pairs"]),
     (["--amp", "fp8"], ["--amp", "fp8", "bf16"]),
     (["--optimizer", "sgd"], ["--optimizer", "sgd", "muon"]),
