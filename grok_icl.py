@@ -399,12 +399,12 @@ def allowed_lines(lesson, n, k, input_lines, p, rng):
 
 def draw_side(n, k, p, rng):
     """n times k places x/y, at random so that each minus every earlier one is a square: (n, k).
-    Where there is none, any; from p = 19 on there are four."""
+    There always are four such from p = 19 on (tried up to 101)."""
     place, drawn = torch.arange(p, device=rng["device"]), []
     weights = torch.ones(n, p, device=rng["device"])
     for _ in range(k):
         drawn.append(torch.multinomial(weights, 1, generator=rng["generator"]))      # (n, 1)
-        weights = weights * is_square(place - drawn[-1], p) + 1e-9                   # (n, p)
+        weights = weights * is_square(place - drawn[-1], p)                          # (n, p)
     return torch.cat(drawn, dim=1)
 
 def training_batch(split, input_lines, lesson, cfg, generator):
@@ -779,7 +779,7 @@ def check_settings(cfg):
     need(cfg.lessons != "pairs" or min(p - 1, cfg.examples) > 2, "lessons",
          "auto, lines or none with --p 3 or --examples 2: a pair needs a third line")
     need(cfg.lessons != "squares" or p > 17 and cfg.examples > 2, "lessons",
-         "another with --p below 19, or --examples 2, or auto: squares need more")
+         "auto, lines or none with --p below 19 or --examples 2: a side has four places")
 
 def complain(error):
     """Print a BadInput as one line and return the exit code."""
