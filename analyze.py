@@ -438,11 +438,10 @@ def measure_similarity(lab):
     apart = (x[:, None] != x) & (y[:, None] != y) & (x * y > 0) & (x * y > 0)[:, None]
     names, similarity = [], []
     for (head, token), outputs in observe(lab)[1].items():
-        if token == "x":                                         # there y is not known yet
-            continue
-        v = F.normalize(outputs, dim=-1).flatten(1, 2)                               # (n, p*p, C)
-        names.append(f"head {head} at {token}")
-        similarity.append((v @ v.mT).mean(0))
+        if token != "x":                                         # there y is not known yet
+            v = F.normalize(outputs, dim=-1).flatten(1, 2)                           # (n, p*p, C)
+            names.append(f"head {head} at {token}")
+            similarity.append((v @ v.mT).mean(0))
     similarity = torch.stack(similarity)                                             # (N, p*p, p*p)
     gaps = against_null(lambda x, y: ratio_gap(similarity, apart, x, y)[:, None],
                         lab.p, names, ("gap",))
@@ -497,10 +496,10 @@ def circuit_donors(context, example, p):
     other = other_tasks, other_divisors = tasks.roll(1, 0), divisor.roll(1, 0)
     examples, ours, neighbour = ratio[:, :-1], divisor[:, -1], (example + 1) % (ratio.size(1) - 1)
     z_over = quotient(tasks, ratio, p)                                               # (n, k)
-    # The query's line is that of another example: the answer is fetched there.
+    # Say that the query is on the line of example 2. Let it be on that of example 3:
     asks_neighbour = torch.cat((examples, examples[each, neighbour][:, None]), 1)
     there = z_over[each, neighbour] * ours % p
-    # Each example has the line of the one before it: what was the query's is now the neighbour's.
+    # Or let each example have the line of the one before it: example 3 now has the query's.
     shifted = torch.cat((examples.roll(1, 1), ratio[:, -1:]), 1)
     # Lines on which the other task has our z over the divisor, and our divisor at the query.
     theirs = quotient(other_tasks, shifted, p)[each, example] * ours % p
@@ -558,7 +557,7 @@ def show_circuit(lab, found):
 
 # ------------------------------- Votes: how deeper models combine examples (not in the paper)
 # Question: how does a deeper model answer queries whose line no example is on? Does it know a sum
-#           for some pairs of examples, by their *offsets*: the query's log(y/x) less theirs? Or
+#           for some pairs of examples, by their *offsets*: their log(x/y) less the query's? Or
 #           does it add up what all examples say of one *character* of a, its log mod d?
 # Method:   ask after two examples alone; regress the logits on how far the examples agree; change
 #           one example; exchange heads. Inputs are off the axes, except in measure_zeros.
@@ -621,13 +620,12 @@ def measure_pairs(lab):
     fetches = ((attention > FETCHED) & (attention > 2 * even)).float()
     pairs = torch.combinations(torch.arange(1, m))                                   # (n, 2)
     right, two = accuracy_of_pairs(lab, pairs), by_two_heads(fetches, pairs)
-    both, solved = (fetches.sum(0) > 0)[pairs].all(1), right > 0.5         # by one head or by two
+    solved = right > 0.5
     grid = torch.full((m, m), math.nan)
     grid[tuple(pairs.T)] = grid[tuple(pairs.flip(1).T)] = right
-    fetched = {"two heads": two, "one head": both & ~two, "not both fetched": ~both}
     fetched = {name: {"pairs": f"{which.sum()}", "solved": f"{solved[which].sum()}",
-                      "expected": f"{(solved.float().mean() * which.sum()).item():.1f}",
-                      "accuracy": right[which].mean().item()} for name, which in fetched.items()}
+                      "expected": f"{(solved.float().mean() * which.sum()).item():.1f}"}
+               for name, which in (("two heads", two), ("others", ~two))}
     heads = {head: " ".join(map(str, f.nonzero()[:, 0].tolist()))
              for head, f in zip(lab.heads, fetches) if f[1:].any()}
     best = right.argsort(descending=True)[:3]
@@ -762,9 +760,10 @@ def measure_votes(lab):
 def show_votes(lab, found):
     n, pairs = lab.p - 1, [f"{pair} {100 * r:.0f}%" for pair, r in found["best"].items()]
     heads = [f"head {head}: {offsets}" for head, offsets in found["heads"].items()]
-    table("Accuracy after two examples, in %, by who fetches them", found["fetched"],
-          "fetch: over a tenth of a head's attention, and twice its mean over all offsets but 0;\n"
-          "solved: right in over half; expected: if it did not matter who fetches\n"
+    table("Pairs of offsets that are solved, by who fetches the two", found["fetched"],
+          "solved: right in over half after these two alone; expected: if it did not matter who\n"
+          "fetches; fetch: over a tenth of a head's attention, and twice its mean over offsets but 0"
+          f"\n{found['solved']} pairs are solved; "
           f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
     table("Accuracy by shots, in %: the model, and its answer to the surest pair of them alone",
           found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}; same answer: "
@@ -774,15 +773,13 @@ def show_votes(lab, found):
           "those of another context")
     table("Weights of the characters", {f"m = {m}, order {n // math.gcd(m, n)}": {"weight": w}
                                         for m, w in enumerate(found["weights"].tolist(), 1)},
-          scale=1, digits=2)
+          f"the largest is {100 * found['share']:.0f}% of the positive ones", scale=1, digits=2)
     table("Right answers that stay if the z of one of four examples is changed, in %",
           found["labels"], "by whether the a, or b, that it implies keeps its class")
     table("A block's parts at the query's y from another run on the same x/y, in %",
           found["exchange"], "the answer is the other run's z/y times our y; the other run's z; or "
           "stays")
     table("Regression queries, by what is 0, in %", {"second half": found["zeros"]})
-    print(f"\nThe largest weight is {100 * found['share']:.0f}% of the positive ones; "
-          f"{found['solved']} pairs are solved")
 
 def draw_votes(subplots, lab, found):
     fig, (left, middle, right) = subplots(1, 3, figsize=(11, 3.3))
@@ -833,8 +830,8 @@ def save(out, found):
     found = json.loads(text, parse_constant=lambda name: None)           # JSON has no NaN
     g.write_file(os.path.join(out, "analysis.json"), json.dumps(found, indent=1).encode())
 
-def pictures(draw, lab, found):
-    """{file name: PNG}. Their style is not the user's."""
+def draw_pictures(draw, lab, found, out):
+    """Write a part's PNGs to out; return their names. Their style is not the user's."""
     import matplotlib.style
     from matplotlib.figure import Figure                  # without pyplot, which needs a screen
 
@@ -843,11 +840,11 @@ def pictures(draw, lab, found):
         return figure, figure.subplots(*shape, **how)
     style = ["default", {"font.size": 8, "figure.constrained_layout.use": True}]
     with matplotlib.style.context(style):
-        pngs = {}
-        for name, figure in draw(subplots, lab, found).items():
+        figures = draw(subplots, lab, found)
+        for name, figure in figures.items():
             figure.savefig(buffer := io.BytesIO(), format="png", dpi=100)
-            pngs[name] = buffer.getbuffer()
-    return pngs
+            g.write_file(os.path.join(out, name), buffer.getbuffer())
+    return [*figures]
 
 def analyze(lab, parts, out):
     """Measure, print, draw and save each part."""
@@ -858,15 +855,10 @@ def analyze(lab, parts, out):
         show(lab, found[part])
         save(out, found)                                 # after each: Ctrl-C loses only one
         try:
-            pngs = pictures(draw, lab, found[part]) if draw else {}
+            written += draw_pictures(draw, lab, found[part], out) if draw else []
         except ImportError:
-            pngs, no_pictures = {}, "No pictures: pip install matplotlib"
-        for name, content in pngs.items():
-            g.write_file(os.path.join(out, name), content)
-        written += pngs
-    if no_pictures:
-        print("\n" + no_pictures)
-    print(f"\nWrote {', '.join(written)} to {out}")
+            no_pictures = "\nNo pictures: pip install matplotlib"
+    print(f"{no_pictures}\nWrote {', '.join(written)} to {out}")
 
 def main(argv=None):
     """Measure, print, draw. Returns the exit code; bad input is one line on stderr and code 2."""

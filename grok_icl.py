@@ -84,7 +84,7 @@ PRESETS = {                   # in place of the defaults; a flag on the command 
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
     "regression-small": dict(p=17, tasks=200, depth=4, heads=6, embd=96, batch=48, steps=1500,
                              rope_base=1e6, lr=0.02),
-    "regression": dict(tasks=640, depth=4, steps=2600),
+    "regression": dict(tasks=640, depth=4, steps=2600, rope_base=1e8),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)}}
 
 MLP_RATIO = 4                 # MLP width / residual width
@@ -187,9 +187,9 @@ def solvable(tokens, p):
     origin = (x == 0) & (y == 0)                                                     # (B, k)
     helps = (cross == 0) & (~origin[:, None, :] | origin[:, :, None])
     ratio = helps.tril(-1).any(-1)                               # an example before the query does
-    # Two examples on different lines: the later one is off the line of one before it.
-    later = (cross != 0).tril(-1).any(-1)                                            # (B, k)
-    both = later[:, None].expand_as(cross).tril(-1).any(-1)      # one of them is before the query
+    # Is an example off the line of one before it? Then these two are on different lines.
+    second = (cross != 0).tril(-1).any(-1)                                           # (B, k)
+    both = second[:, None].expand_as(cross).tril(-1).any(-1)     # they are before the query
     return ratio, ratio | both | origin
 
 # ------------------------------------------------------------- 4. Model: a decoder-only transformer
@@ -285,27 +285,18 @@ class GPT(nn.Module):
 # earns anything without the other. Where all examples are on one line any of them will do, so the
 # lessons begin there, and then allow more lines.
 #
-# Modular Regression is the same trap again. Divide by y: an example's height t = z/y is a s + b,
-# with s = x/y its place. An example off the query's line is worth nothing until a second is found,
-# and the weights of both. From three blocks on there follow lessons of one of two kinds: a row
-# makes the second example easy to find, and squares make the first worth something by itself.
+# Modular Regression is the same trap again. Divide z = a x + b y by y: with t = z/y and s = x/y it
+# is t = a s + b. So an example has a *height* t at its *place* s, and the height at the query's
+# place is asked. One example elsewhere says nothing about it. Two determine it, with weights that
+# depend on the three places. So to find one earns nothing before the other is found, and weighed.
+# From three blocks on there follow lessons of one of two kinds: a row makes two examples easy to
+# find and to weigh, squares make one of them worth something by itself.
 #   Row (p < 20). From example to example y/x is multiplied by g, the same in all rows, so that s is
 # divided by it. Then g t[n] = (1 + g) t[n-1] - t[n-2]: always these two, always with these weights.
 #   Squares (p > 20). Let the slope a be a square mod p. As t - t[i] = a (s - s[i]), one of these
 # differences is a square just if the other is. So each example i excludes half of the answers t,
-# and a few leave only one. On a "side", each place minus every earlier one is a square.
-#
-#     1, 2, 4, ... lines   divide; then find the example on the query's line
-#
-#     row                  combine the two preceding examples
-#     row with gaps        the same without relying on their distance
-#     each line once       find the two anywhere
-#                  or
-#     side                 exclude half of the answers, those for which t - t[i] is no square
-#     squares              see for which examples it must be a square, and for which not
-#     each line once       any a: now an answer is excluded if the examples disagree
-#
-#     free                 the paper's training
+# and a few leave only one. On a "side" each place minus every earlier one is a square, and so the
+# right t minus every earlier height is, too.
 #
 # Rows leave out both axes, as 0 has no logarithm, and a model that divides by y fails where y = 0.
 # So a lesson "axis" is reviewed, with others: without reviews earlier skills are forgotten.
@@ -323,7 +314,7 @@ class Lesson:
     gaps: bool = False           # between examples, random ones
     score_y: bool = False        # the loss is of y, too
     skill: int = RATIO           # the algorithm whose solvable queries count
-    enough: float = 0.9          # the share of them that must be right, above what guessing gives
+    enough: float = 0.9          # the share of them that must be right; more than guessing gets
     reviews: tuple = ()          # other lessons, in turn at every other step
     rate: float = 1.0            # share of the peak learning rates
     steps: int = 2000            # it may take, else the run ends; the last lesson takes them all
@@ -373,15 +364,14 @@ def batch_shape(lesson, cfg):
     return lesson.more * cfg.batch * (cfg.examples // k), k
 
 def allowed_lines(lesson, n, k, input_lines, p, rng):
-    """Weights of the lines that each example of n sequences may lie on: (n, k, p + 1), or
-    (n, 1, p + 1) if it is the same for all k. For one sequence and p = 3, [[0, 1, 0, 1]] is line 1
-    or 3 for all, and [[0, 1, 0, 0], [0, 0, 1, 0]] is line 1 for the first example, 2 for the
-    second."""
+    """Which lines each example of n sequences may lie on: weights (n, k, p + 1), 1 or 0 (almost, see
+    below); (n, 1, p + 1) if they are the same for all k examples of a sequence."""
     if lesson.order == "any":
         if lesson.lines > p:
             return torch.ones(n, 1, p + 1, device=input_lines.device)
-        drawn = torch.randint(len(input_lines), (n, lesson.lines), **rng)    # inputs whose lines
-        lines = torch.zeros(n, p + 1, device=input_lines.device)             # are allowed
+        # the lines of inputs drawn at random
+        drawn = torch.randint(len(input_lines), (n, lesson.lines), **rng)
+        lines = torch.zeros(n, p + 1, device=input_lines.device)
         return lines.scatter(1, input_lines[drawn], 1).unsqueeze(1)          # (n, 1, p + 1)
     if lesson.order == "axis":                                   # line 0 or p
         line = p * torch.randint(2, (n, 1), **rng).expand(n, k)
@@ -394,7 +384,7 @@ def allowed_lines(lesson, n, k, input_lines, p, rng):
         first = torch.randint(p - 1, (n, 1), **rng)
         log = first + torch.arange(k, device=first.device)                           # (n, k)
         line = powers(p).to(first.device)[log % (p - 1)]
-    # Not 0, for a line may have no input that is trained on. One draw in 50,000 strays.
+    # 1e-6, not 0: a line may have no input to train on. So one draw in 50,000 is off its line.
     return F.one_hot(line, p + 1).float().clamp(min=1e-6)
 
 def draw_side(n, k, p, rng):
@@ -420,7 +410,7 @@ def training_batch(split, input_lines, lesson, cfg, generator):
     order = torch.cat([torch.randperm(len(tasks), **rng) for _ in range(rounds)])[:B]
     n = rounds if cfg.shared_inputs else B                       # sets of inputs to draw
     allowed = allowed_lines(lesson, n, k, input_lines, cfg.p, rng)
-    # (n, inputs), for k draws from each, or (n k, inputs), for one
+    # a row for each sequence, to draw k inputs from, or for each example, to draw one
     weights = allowed[:, :, input_lines].flatten(0, 1)
     draws = k // allowed.size(1)                                                     # k or 1
     chosen = torch.multinomial(weights, draws, replacement=True, generator=generator).view(n, k)
