@@ -11,7 +11,6 @@ the question; the method; what it shows if the claim is true; and if it isn't (c
 idea). Then one function measures and returns a dict, one prints it, one may draw it. Tasks are the
 *test* o.o.d. ones. A *null* is what 95% of random orders of the residues stay below.
 """
-import argparse
 import contextlib
 import functools
 import io
@@ -635,7 +634,8 @@ def measure_pairs(lab):
 
 def measure_shots(lab):
     """{shots: accuracy of the "model", and of its "surest pair": it is asked after each pair of the
-    examples alone, and the most probable answer counts; how often both say the "same answer"}."""
+    examples alone, and the most probable answer counts; "same where wrong": the share of the
+    model's mistakes that are this answer}."""
     rows = {}
     for shots in [n for n in (2, 3, 4, 6, 8, 12) if n < min(lab.k, lab.p - 1)]:
         tokens = off_line(lab, shots, 8 * SEQUENCES)
@@ -646,7 +646,7 @@ def measure_shots(lab):
         said, right = centred_logits(lab, tokens).argmax(1), tokens[:, -1]
         rows[shots] = {name: hits.float().mean().item() for name, hits in (
             ("model", said == right), ("surest pair", surest == right),
-            ("same answer", said == surest))}
+            ("same where wrong", (said == surest)[said != right]))}
     return rows
 
 # By one character? An example and an answer z imply a task (a, b), the one that gives both. A model
@@ -766,8 +766,8 @@ def show_votes(lab, found):
           f"\n{found['solved']} pairs are solved; "
           f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
     table("Accuracy by shots, in %: the model, and its answer to the surest pair of them alone",
-          found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}; same answer: "
-          "right or wrong")
+          found["shots"], f"no example on the query's line; chance {100 / lab.p:.1f}; same where "
+          "wrong: the share of the model's mistakes that are the surest pair's answer")
     table(f"Logits of the answers on the characters of {found['component']}: R^2, in %",
           {"three examples": found["R^2"]}, "random order: the best of 20; other examples: "
           "those of another context")
@@ -862,10 +862,7 @@ def analyze(lab, parts, out):
 
 def main(argv=None):
     """Measure, print, draw. Returns the exit code; bad input is one line on stderr and code 2."""
-    def refuse(message):
-        raise g.BadInput(message)
-    parser = argparse.ArgumentParser(allow_abbrev=False, usage="analyze.py RUN|FILE [part ...]")
-    parser.error = refuse
+    parser = g.Parser(allow_abbrev=False, usage="analyze.py RUN|FILE [part ...]")
     parser.add_argument("path", metavar="RUN|FILE", help="a run's folder or a checkpoint")
     parser.add_argument("parts", nargs="*", default=[], help=f"of {', '.join(SECTIONS)} [all]")
     parser.add_argument("--out", help="folder to write to [the run's; for FILE.pt FILE]")

@@ -353,7 +353,8 @@ def lessons(cfg):
     return [*lines, *harder, replace(free, rate=0.4, reviews=(once, axis))]
 
 def todays_lesson(lesson, step):
-    """The lesson that a step is of: this one, or one that it reviews."""
+    """The lesson that a step is of: this one, or at even steps one that it reviews. (So the last of
+    ten steps, 9, 19, ..., at which train looks, is the lesson's own.)"""
     if not lesson.reviews or step % 2 == 1:
         return lesson
     return lesson.reviews[step // 2 % len(lesson.reviews)]
@@ -709,13 +710,15 @@ def load_checkpoint(path, device="cpu"):
 def flag(name):
     return "--" + name.replace("_", "-")
 
-def make_parser():
-    """argparse's parser of the settings. It raises BadInput; flags not typed are left out."""
-    def refuse(message):
+class Parser(argparse.ArgumentParser):
+    """Raises BadInput where argparse's own would print its usage and exit."""
+    def error(self, message):
         raise BadInput(message)
-    parser = argparse.ArgumentParser(description="Train on modular arithmetic in context.",
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = refuse
+
+def make_parser():
+    """The parser of the settings; flags not typed are left out."""
+    parser = Parser(description="Train on modular arithmetic in context.",
+                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, help="settings that go together: PRESETS")
     for f in fields(Config):
         paper = f.metadata["paper"]
