@@ -84,7 +84,7 @@ PRESETS = {                   # in place of the defaults; a flag on the command 
     "quick": dict(p=13, tasks=84, examples=16, embd=64, batch=84, steps=800),
     "regression-small": dict(p=17, tasks=200, depth=4, heads=6, embd=96, batch=48, steps=1500,
                              rope_base=1e6, lr=0.02),
-    "regression": dict(tasks=640, depth=4, steps=2600, rope_base=1e8),
+    "regression": dict(tasks=640, depth=4, steps=2600),
     "paper": {f.name: f.metadata["paper"] for f in fields(Config)}}
 
 MLP_RATIO = 4                 # MLP width / residual width
