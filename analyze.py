@@ -605,6 +605,11 @@ def attention_by_offset(lab):
     is_at = F.one_hot(offsets, lab.p - 1).float()                          # (B, shots, p - 1)
     return torch.einsum("bhs,bso->ho", weights, is_at) / is_at.sum((0, 1))
 
+def fetched_by(attention):
+    """Which offsets each head fetches, of its attention to each: (heads, p - 1), 0 or 1."""
+    even = attention[:, 1:].mean(1, keepdim=True)                # what a head has for any offset
+    return ((attention > FETCHED) & (attention > 2 * even)).float()
+
 def by_two_heads(fetches, pairs):
     """Whether two different heads fetch pairs (n, 2): (n,). fetches (heads, p - 1) is 0 or 1."""
     one, other = fetches[:, pairs].movedim(-1, 0)                # who fetches either: (heads, n)
@@ -615,8 +620,7 @@ def measure_pairs(lab):
     """{"attention" (heads, p - 1), "pairs" (p - 1, p - 1): accuracy, "fetched": a table by whom,
     "heads": {head: offsets that it fetches}, "best": {pair: accuracy}, "solved": how many}."""
     m, attention = lab.p - 1, attention_by_offset(lab)
-    even = attention[:, 1:].mean(1, keepdim=True)                # what a head has for any offset
-    fetches = ((attention > FETCHED) & (attention > 2 * even)).float()
+    fetches = fetched_by(attention)
     pairs = torch.combinations(torch.arange(1, m))                                   # (n, 2)
     right, two = accuracy_of_pairs(lab, pairs), by_two_heads(fetches, pairs)
     solved = right > 0.5
@@ -698,6 +702,25 @@ def measure_characters(lab):
                 "a": fits[0][1], "b": fits[1][1], "random order": max(random),
                 "other examples": regress(target, agreement(foreign[..., best], chi))[1]}}
 
+# Where do the classes come from? An example at offset o is at the place s g^o, s being the query's.
+# So its slope is the difference of two heights over s (1 - g^o). If all that a head fetches have one
+# chi(1 - g^o), it can add up what their heights say, and what follows need not know the offsets.
+
+def alike_in_heads(fetches, values):
+    """How alike the values (..., n) of n offsets are if one head fetches both, fetches (heads, n):
+    the mean of cos(angle between them), (...). They are complex, of length 1; so 1 if all equal."""
+    sums, counts = (fetches * values[..., None, :]).sum(-1), fetches.sum(-1)         # (..., heads)
+    return (sums.abs().square() - counts).sum(-1) / (counts * (counts - 1)).sum()
+
+def measure_sorting(lab):
+    """alike_in_heads of chi(1 - g^o), for each character, "alike" (M,), and what 95% of random
+    orders of the offsets stay below, "alike null" (M,); nan if no head fetches two."""
+    fetches, powers = fetched_by(attention_by_offset(lab))[:, 1:], g.powers(lab.p)   # o = 1, 2, ...
+    chi = characters(powers)[(1 - powers[1:]) % lab.p].T                             # (M, p - 2)
+    draw = torch.rand(NULLS, lab.p - 2, generator=torch.Generator().manual_seed(SEED))
+    null = alike_in_heads(fetches, chi[:, draw.argsort(-1)]).quantile(0.95, dim=1)
+    return {"alike": alike_in_heads(fetches, chi), "alike null": null}
+
 def measure_labels(lab):
     """How often right answers stay if the z of one of four examples is changed, by whether the a,
     or b, that it implies keeps its class: {"log a mod d": {"kept", "changed"}, ...}."""
@@ -753,7 +776,7 @@ def measure_zeros(lab):
 
 def measure_votes(lab):
     """All of these together."""
-    return measure_pairs(lab) | measure_characters(lab) | {
+    return measure_pairs(lab) | measure_characters(lab) | measure_sorting(lab) | {
         "shots": measure_shots(lab), "labels": measure_labels(lab),
         "exchange": measure_exchange(lab), "zeros": measure_zeros(lab)}
 
@@ -771,9 +794,13 @@ def show_votes(lab, found):
     table(f"Logits of the answers on the characters of {found['component']}: R^2, in %",
           {"three examples": found["R^2"]}, "random order: the best of 20; other examples: "
           "those of another context")
-    table("Weights of the characters", {f"m = {m}, order {n // math.gcd(m, n)}": {"weight": w}
-                                        for m, w in enumerate(found["weights"].tolist(), 1)},
-          f"the largest is {100 * found['share']:.0f}% of the positive ones", scale=1, digits=2)
+    columns = zip(*(found[name].tolist() for name in ("weights", "alike", "alike null")))
+    table("Characters: weight in the logits, and whether heads sort examples by it",
+          {f"m = {m}, order {n // math.gcd(m, n)}": dict(zip(("weight", "alike", "null"), column))
+           for m, column in enumerate(columns, 1)},
+          f"the largest weight is {100 * found['share']:.0f}% of the positive ones\n"
+          "alike: 1 if chi(1 - g^o) is the same for all offsets o that one head fetches; null: 95%\n"
+          "of random orders of the offsets stay below", scale=1, digits=2)
     table("Right answers that stay if the z of one of four examples is changed, in %",
           found["labels"], "by whether the a, or b, that it implies keeps its class")
     table("A block's parts at the query's y from another run on the same x/y, in %",
