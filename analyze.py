@@ -595,20 +595,19 @@ def accuracy_of_pairs(lab, pairs):
     said = centred_logits(lab, tokens).argmax(1)
     return (said == tokens[:, -1]).float().view(2 * EACH_PAIR, len(pairs)).mean(0)
 
+def attention_to_examples(lab, tokens):
+    """Of each head, from the last query's y to each example's z: (B, heads, k)."""
+    scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
+                    lambda: answers(lab, tokens))                                    # (B, H, T, T)
+    return torch.cat([s.softmax(-1)[:, :, -2, 2:-1:3] for s in scores.values()], dim=1)
+
 def attention_by_offset(lab):
-    """Of each head, from the query's y to the z of one of eight examples: (heads, p - 1)."""
+    """The same by an example's offset, eight examples: (heads, p - 1)."""
     generator = torch.Generator().manual_seed(SEED)
     offsets = torch.randint(lab.p - 1, (16 * SEQUENCES, min(8, lab.k - 1)), generator=generator)
-    scores = record({i: block.attention.softmax for i, block in enumerate(lab.model.blocks)},
-                    lambda: answers(lab, at_offsets(lab, offsets)))                  # (B, H, T, T)
-    weights = torch.cat([s.softmax(-1)[:, :, -2, 2:-1:3] for s in scores.values()], dim=1)
     is_at = F.one_hot(offsets, lab.p - 1).float()                          # (B, shots, p - 1)
+    weights = attention_to_examples(lab, at_offsets(lab, offsets))
     return torch.einsum("bhs,bso->ho", weights, is_at) / is_at.sum((0, 1))
-
-def fetched_by(attention):
-    """Which offsets each head fetches, of its attention to each: (heads, p - 1), 0 or 1."""
-    even = attention[:, 1:].mean(1, keepdim=True)                # what a head has for any offset
-    return ((attention > FETCHED) & (attention > 2 * even)).float()
 
 def by_two_heads(fetches, pairs):
     """Whether two different heads fetch pairs (n, 2): (n,). fetches (heads, p - 1) is 0 or 1."""
@@ -620,7 +619,8 @@ def measure_pairs(lab):
     """{"attention" (heads, p - 1), "pairs" (p - 1, p - 1): accuracy, "fetched": a table by whom,
     "heads": {head: offsets that it fetches}, "best": {pair: accuracy}, "solved": how many}."""
     m, attention = lab.p - 1, attention_by_offset(lab)
-    fetches = fetched_by(attention)
+    even = attention[:, 1:].mean(1, keepdim=True)                # what a head has for any offset
+    fetches = ((attention > FETCHED) & (attention > 2 * even)).float()
     pairs = torch.combinations(torch.arange(1, m))                                   # (n, 2)
     right, two = accuracy_of_pairs(lab, pairs), by_two_heads(fetches, pairs)
     solved = right > 0.5
@@ -702,24 +702,40 @@ def measure_characters(lab):
                 "a": fits[0][1], "b": fits[1][1], "random order": max(random),
                 "other examples": regress(target, agreement(foreign[..., best], chi))[1]}}
 
-# Where do the classes come from? An example at offset o is at the place s g^o, s being the query's.
-# So its slope is the difference of two heights over s (1 - g^o). If all that a head fetches have one
-# chi(1 - g^o), it can add up what their heights say, and what follows need not know the offsets.
+# Do heads sort examples by it? The slope through an example at place t and the query at s is the
+# difference of their heights over s - t. Attention can only average. But if a head looks at examples
+# of one chi(s - t), it can add up what their heights say about the class of the slope.
 
-def alike_in_heads(fetches, values):
-    """How alike the values (..., n) of n offsets are if one head fetches both, fetches (heads, n):
-    the mean of cos(angle between them), (...). They are complex, of length 1; so 1 if all equal."""
-    sums, counts = (fetches * values[..., None, :]).sum(-1), fetches.sum(-1)         # (..., heads)
-    return (sums.abs().square() - counts).sum(-1) / (counts * (counts - 1)).sum()
+def excess_attention(lab):
+    """By how much the attention from a query at place x/y = s to an example at t exceeds the mean
+    over t: (heads, s, t), 0 where it is less."""
+    p, tokens = lab.p, off_line(lab, min(8, lab.k - 1, lab.p - 2), 64 * SEQUENCES)
+    x, y, _ = tokens.unflatten(1, (-1, 3)).unbind(-1)
+    place = x * g.inverses(p)[y] % p                                                 # (B, k + 1)
+    at = (place[:, -1:] * p + place[:, :-1]).flatten()                     # s and t as one index
+    weights = attention_to_examples(lab, tokens).transpose(0, 1).flatten(1)          # (heads, B k)
+    sums, counts = torch.zeros(len(weights), p * p).index_add(1, at, weights), at.bincount(
+        minlength=p * p)
+    mean = (sums / counts.clamp(min=1)).unflatten(1, (p, p))                         # (heads, s, t)
+    seen = (counts > 0).view(p, p)
+    even = mean.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
+    return ((mean - even) * seen).clamp(min=0)
+
+def alike(excess, chi):
+    """How alike chi(s - t) is for two examples t that a head looks at from one s: the mean of the
+    angle's cosine, weighted by the product of excess (heads, s, t); of chi (p, M): (M,)."""
+    residues = torch.arange(len(chi))
+    values = chi[(residues[:, None] - residues) % len(chi)]                          # (s, t, M)
+    sums = torch.einsum("hst,stm->hsm", excess + 0j, values).abs().square()
+    itself = excess.square().sum(-1)                             # each example with itself
+    return (sums - itself[..., None]).sum((0, 1)) / (excess.sum(-1).square() - itself).sum()
 
 def measure_sorting(lab):
-    """alike_in_heads of chi(1 - g^o), for each character, "alike" (M,), and what 95% of random
-    orders of the offsets stay below, "alike null" (M,); nan if no head fetches two."""
-    fetches, powers = fetched_by(attention_by_offset(lab))[:, 1:], g.powers(lab.p)   # o = 1, 2, ...
-    chi = characters(powers)[(1 - powers[1:]) % lab.p].T                             # (M, p - 2)
-    draw = torch.rand(NULLS, lab.p - 2, generator=torch.Generator().manual_seed(SEED))
-    null = alike_in_heads(fetches, chi[:, draw.argsort(-1)]).quantile(0.95, dim=1)
-    return {"alike": alike_in_heads(fetches, chi), "alike null": null}
+    """"alike" (M,) of each character; "alike null": what 95% of random orders of the residues stay
+    below, the best character of each."""
+    excess = excess_attention(lab)
+    true, *null = (alike(excess, characters(o)) for o in orders(lab.p, NULLS)[:, 0])
+    return {"alike": true, "alike null": torch.stack(null).amax(1).quantile(0.95).item()}
 
 def measure_labels(lab):
     """How often right answers stay if the z of one of four examples is changed, by whether the a,
@@ -794,13 +810,13 @@ def show_votes(lab, found):
     table(f"Logits of the answers on the characters of {found['component']}: R^2, in %",
           {"three examples": found["R^2"]}, "random order: the best of 20; other examples: "
           "those of another context")
-    columns = zip(*(found[name].tolist() for name in ("weights", "alike", "alike null")))
-    table("Characters: weight in the logits, and whether heads sort examples by it",
-          {f"m = {m}, order {n // math.gcd(m, n)}": dict(zip(("weight", "alike", "null"), column))
+    columns = zip(found["weights"].tolist(), found["alike"].tolist())
+    table("Characters: their weights in the logits, and whether heads sort examples by them",
+          {f"m = {m}, order {n // math.gcd(m, n)}": dict(zip(("weight", "alike"), column))
            for m, column in enumerate(columns, 1)},
-          f"the largest weight is {100 * found['share']:.0f}% of the positive ones\n"
-          "alike: 1 if chi(1 - g^o) is the same for all offsets o that one head fetches; null: 95%\n"
-          "of random orders of the offsets stay below", scale=1, digits=2)
+          f"the largest weight is {100 * found['share']:.0f}% of the positive ones; alike: 1 if all "
+          "examples\nthat a head looks at from one query are of one class; null of the largest "
+          f"{found['alike null']:.2f}", scale=1, digits=2)
     table("Right answers that stay if the z of one of four examples is changed, in %",
           found["labels"], "by whether the a, or b, that it implies keeps its class")
     table("A block's parts at the query's y from another run on the same x/y, in %",

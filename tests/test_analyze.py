@@ -465,35 +465,45 @@ def test_the_character_that_a_model_compares_is_found(name, order, m, monkeypatc
     assert max(other, random) < 0.9 and others < 0.2
 
 
-def test_alike_in_heads_is_the_mean_over_pairs_that_one_head_fetches():
-    generator = torch.Generator().manual_seed(0)
-    fetches = torch.randint(2, (3, 6), generator=generator).float()
-    angles = 6 * torch.rand(6, generator=generator)
-    pairs = [(i, j) for head in fetches.bool().tolist() for i, j in itertools.combinations(range(6), 2)
-             if head[i] and head[j]]
-    mean = sum(math.cos(angles[i] - angles[j]) for i, j in pairs) / len(pairs)
-    assert a.alike_in_heads(fetches, torch.exp(1j * angles)).item() == pytest.approx(mean, abs=1e-5)
-    assert a.alike_in_heads(fetches, torch.ones(2, 6) + 0j).tolist() == pytest.approx([1, 1])
+def test_alike_is_the_weighted_mean_over_pairs_that_a_head_looks_at():
+    p, generator = 7, torch.Generator().manual_seed(0)
+    excess, chi = torch.rand(2, p, p, generator=generator), a.characters(g.powers(p))
+    excess[:, range(p), range(p)] = 0                            # no example is at the query's place
+    top, bottom = [0, 0, 0], 0
+    for head, s, t, u in itertools.product(range(2), range(p), range(p), range(p)):
+        if t != u:
+            weight = (excess[head, s, t] * excess[head, s, u]).item()
+            bottom += weight
+            for m in range(3):                                   # as vectors in the plane
+                one, two = chi[(s - t) % p, m], chi[(s - u) % p, m]
+                top[m] += weight * (one.real * two.real + one.imag * two.imag).item()
+    assert a.alike(excess, chi).tolist() == pytest.approx([t / bottom for t in top], abs=1e-5)
 
 
 def test_heads_that_sort_examples_by_a_character_are_found(monkeypatch):
-    """Four heads, each looks at the offsets of one class of (s - place) / s, s being the query's
-    place; the classes are those of order 4, found in sequences by search."""
-    lab, p, classes = planted_lab(p=13), 13, []
-    for offset in range(1, p - 1):
-        u, v, _, x, y, _ = a.at_offsets(lab, torch.tensor([[offset]]))[0].tolist()
-        place, s = (next(r for r in range(p) if (r * d - n) % p == 0) for n, d in ((u, v), (x, y)))
-        classes.append(log(torch.tensor([(s - place) * pow(s, -1, p) % p]), p).item() % 4)
-    attention = torch.full((4, p - 1), 0.01)
-    for offset, head in enumerate(classes, 1):
-        attention[head, offset] = 0.2
-    monkeypatch.setattr(a, "attention_by_offset", lambda lab: attention)
-    found = a.measure_sorting(lab)
-    assert found["alike"].argmax() in (2, 5) and found["alike"][2] == pytest.approx(1, abs=1e-5)
-    assert found["alike null"][2] < 0.5
-    assert max(found["alike"][m] for m in (0, 1, 3, 4)) < found["alike null"].max() < 0.9
-    attention[:, 1:] = attention[:, 1:].roll(1, 1)               # the next offsets instead
-    assert a.measure_sorting(lab)["alike"][2] < 0.5
+    """Four heads, each looks at the examples of one class of s - t, or of 1 - t/s; t is an
+    example's x/y, s the query's. The classes are those of order 4, found by search."""
+    monkeypatch.setattr(a, "SEQUENCES", 16)
+    lab, p = planted_lab(p=13, examples=9), 13
+
+    def sorter(by_ratio):
+        def attention_to_examples(lab, tokens):
+            weights = torch.full((len(tokens), 4, 8), 0.01)
+            for row, of_row in zip(tokens.unflatten(1, (-1, 3)).tolist(), weights):
+                *t, s = (next(r for r in range(p) if (r * y - x) % p == 0) for x, y, _ in row)
+                n = torch.tensor([(s - place) * (pow(s, -1, p) if by_ratio else 1) % p for place in t])
+                for i, head in enumerate(log(n, p) % 4):
+                    of_row[head, i] = 0.2
+            return weights
+        return attention_to_examples
+    for by_ratio in (False, True):
+        monkeypatch.setattr(a, "attention_to_examples", sorter(by_ratio))
+        found = a.measure_sorting(lab)
+        assert found["alike"][2] == pytest.approx(1, abs=1e-4)                   # order 4
+        assert max(found["alike"][m] for m in (0, 1, 3, 4)) < 0.5 > found["alike null"]
+    monkeypatch.setattr(a, "attention_to_examples", lambda lab, tokens: torch.rand(
+        len(tokens), 4, 8, generator=torch.Generator().manual_seed(0)))
+    assert a.measure_sorting(lab)["alike"][2] < 0.1
 
 
 def test_a_changed_label_matters_if_it_changes_the_class(monkeypatch):
