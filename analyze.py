@@ -706,13 +706,18 @@ def measure_characters(lab):
 # difference of their heights over s - t. Attention can only average. But if a head looks at examples
 # of one chi(s - t), it can add up what their heights say about the class of the slope.
 
-def excess_attention(lab):
-    """By how much the attention from a query at place x/y = s to an example at t exceeds the mean
-    over t: (heads, s, t), 0 where it is less."""
-    p, tokens = lab.p, off_line(lab, min(8, lab.k - 1, lab.p - 2), 64 * SEQUENCES)
+def places(lab, tokens):
+    """x/y of the query, s (B, 1), and of the examples, t (B, k), of tokens (B, 3k + 3)."""
     x, y, _ = tokens.unflatten(1, (-1, 3)).unbind(-1)
-    place = x * g.inverses(p)[y] % p                                                 # (B, k + 1)
-    at = (place[:, -1:] * p + place[:, :-1]).flatten()                     # s and t as one index
+    place = x * g.inverses(lab.p)[y] % lab.p                                         # (B, k + 1)
+    return place[:, -1:], place[:, :-1]
+
+def excess_attention(lab):
+    """By how much the attention from a query at place s to an example at t exceeds the mean over t:
+    (heads, s, t), 0 where it is less."""
+    p, tokens = lab.p, off_line(lab, min(8, lab.k - 1, lab.p - 2), 64 * SEQUENCES)
+    s, t = places(lab, tokens)
+    at = (s * p + t).flatten()                                             # s and t as one index
     weights = attention_to_examples(lab, tokens).transpose(0, 1).flatten(1)          # (heads, B k)
     sums, counts = torch.zeros(len(weights), p * p).index_add(1, at, weights), at.bincount(
         minlength=p * p)
@@ -730,12 +735,35 @@ def alike(excess, chi):
     itself = excess.square().sum(-1)                             # each example with itself
     return (sums - itself[..., None]).sum((0, 1)) / (excess.sum(-1).square() - itself).sum()
 
+def averaged_in_classes(lab, tokens, classes):
+    """The answers (B,) to the last queries if each head divides what it gives to the examples of
+    one class, classes (B, k), evenly among them."""
+    same = (classes[:, :, None] == classes[:, None]).float()
+    mean = same / same.sum(-1, keepdim=True)                                         # (B, k, k)
+
+    def average(scores):                                                             # (B, H, T, T)
+        weights = scores.softmax(-1)
+        of_examples = weights[:, :, -2, 2:-1:3]                                      # (B, H, k)
+        weights[:, :, -2, 2:-1:3] = torch.einsum("bij,bhj->bhi", mean, of_examples)
+        return weights.log()
+    changes = {block.attention.softmax: average for block in lab.model.blocks}
+    return run_with(changes, lambda: answers(lab, tokens))[:, -1]
+
 def measure_sorting(lab):
     """"alike" (M,) of each character; "alike null": what 95% of random orders of the residues stay
-    below, the best character of each."""
-    excess = excess_attention(lab)
-    true, *null = (alike(excess, characters(o)) for o in orders(lab.p, NULLS)[:, 0])
-    return {"alike": true, "alike null": torch.stack(null).amax(1).quantile(0.95).item()}
+    below, the best character of each; "averaged": accuracy with attention "as it is", and averaged
+    in the "classes" of the best character, and in those of a "random order"."""
+    p, excess = lab.p, excess_attention(lab)
+    true, *null = (alike(excess, characters(o)) for o in orders(p, NULLS)[:, 0])
+    tokens = off_line(lab, min(12, lab.k - 1, p - 2), 8 * SEQUENCES)
+    (s, t), m = places(lab, tokens), true.argmax() + 1
+    said = {"as it is": answers(lab, tokens)[:, -1]}
+    for name, order in zip(("classes", "random order"), orders(p, 1)[:, 0]):
+        log = F.pad(order.argsort(), (1, 0))
+        said[name] = averaged_in_classes(lab, tokens, log[(s - t) % p] * m % (p - 1))
+    return {"alike": true, "alike null": torch.stack(null).amax(1).quantile(0.95).item(),
+            "averaged": {name: (z == tokens[:, -1]).float().mean().item()
+                         for name, z in said.items()}}
 
 def measure_labels(lab):
     """How often right answers stay if the z of one of four examples is changed, by whether the a,
@@ -817,6 +845,9 @@ def show_votes(lab, found):
           f"the largest weight is {100 * found['share']:.0f}% of the positive ones; alike: 1 if all "
           "examples\nthat a head looks at from one query are of one class; null of the largest "
           f"{found['alike null']:.2f}", scale=1, digits=2)
+    table("Accuracy with each head's attention averaged over the examples of one class, in %",
+          {f"m = {found['alike'].argmax() + 1}": found["averaged"]}, "unharmed: of where an example "
+          "is it uses the class alone; random order: other classes")
     table("Right answers that stay if the z of one of four examples is changed, in %",
           found["labels"], "by whether the a, or b, that it implies keeps its class")
     table("A block's parts at the query's y from another run on the same x/y, in %",

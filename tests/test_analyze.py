@@ -506,6 +506,48 @@ def test_heads_that_sort_examples_by_a_character_are_found(monkeypatch):
     assert a.measure_sorting(lab)["alike"][2] < 0.1
 
 
+class EvenSoftmax(torch.nn.Module):
+    """Softmax, but the last y divides what it gives to the z of these examples evenly."""
+    def __init__(self, examples):
+        super().__init__()
+        self.examples = examples
+
+    def forward(self, scores):
+        weights = scores.softmax(-1)
+        total = sum(weights[:, :, -2, 3 * i + 2] for i in self.examples)
+        for i in self.examples:
+            weights[:, :, -2, 3 * i + 2] = total / len(self.examples)
+        return weights
+
+
+def test_attention_is_averaged_within_classes():
+    lab = planted_lab(depth=3, p=11, examples=5, tasks=40, init_std=0.6)
+    tokens = a.off_line(lab, 4, 200)
+    said = [a.averaged_in_classes(lab, tokens, torch.tensor([classes]).expand(200, 4)).tolist()
+            for classes in ([3, 1, 0, 2], [1, 0, 1, 5], [0, 0, 0, 0])]
+    usual = a.answers(lab, tokens)[:, -1].tolist()
+    for block in lab.model.blocks:
+        block.attention.softmax = EvenSoftmax([0, 2])
+    assert said[0] == usual != said[1] == a.answers(lab, tokens)[:, -1].tolist() != said[2]
+
+
+def test_a_model_of_classes_is_told_by_averages_within_them(monkeypatch):
+    """What counts in measure_sorting's averages: the best character's classes of s - t."""
+    lab, p, seen = planted_lab(p=13, examples=9), 13, []
+    monkeypatch.setattr(a, "excess_attention", lambda lab: None)
+    best = torch.tensor([0.0, 0, 0, 1, 0, 0])                    # m = 4, of order 3
+    monkeypatch.setattr(a, "alike", lambda excess, chi: best)
+    monkeypatch.setattr(a, "averaged_in_classes", lambda lab, tokens, classes: seen.append(
+        (tokens, classes)) or tokens[:, -1])
+    assert a.measure_sorting(lab)["averaged"]["classes"] == 1
+    tokens, classes = seen[0]
+    for row, of_row in zip(tokens[:50].unflatten(1, (-1, 3)).tolist(), classes.tolist()):
+        *t, s = (next(r for r in range(p) if (r * y - x) % p == 0) for x, y, _ in row)
+        orders = log(torch.tensor([(s - place) % p for place in t]), p) % 3
+        for (i, one), (j, two) in itertools.combinations(enumerate(orders.tolist()), 2):
+            assert (one == two) == (of_row[i] == of_row[j])
+
+
 def test_a_changed_label_matters_if_it_changes_the_class(monkeypatch):
     """A model that compares squares: the answer stays where the implied a keeps its class."""
     monkeypatch.setattr(a, "SEQUENCES", 8)
