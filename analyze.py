@@ -702,38 +702,37 @@ def measure_characters(lab):
                 "a": fits[0][1], "b": fits[1][1], "random order": max(random),
                 "other examples": regress(target, agreement(foreign[..., best], chi))[1]}}
 
-# Do heads sort examples by it? The slope through an example at place t and the query at s is the
-# difference of their heights over s - t. Attention can only average. But if a head looks at examples
-# of one chi(s - t), it can add up what their heights say about the class of the slope.
+# Do heads sort examples by it? Let x/y be s for the query and t for an example. The slope through
+# them is the difference of their z/y over s - t. Attention can only average. But if a head looks at
+# examples of one chi(s - t), it can add up what their z/y say about the class of the slope. At
+# offset o t is s g^o, so that chi(s - t) = chi(s) chi(1 - g^o): it has to choose offsets.
 
-def places(lab, tokens):
-    """x/y of the query, s (B, 1), and of the examples, t (B, k), of tokens (B, 3k + 3)."""
-    x, y, _ = tokens.unflatten(1, (-1, 3)).unbind(-1)
-    place = x * g.inverses(lab.p)[y] % lab.p                                         # (B, k + 1)
-    return place[:, -1:], place[:, :-1]
+def logs_of(lab, tokens):
+    """The query's log(x/y), (B,), and the examples' offsets (B, k), of tokens (B, 3k + 3)."""
+    log = F.pad(g.powers(lab.p).argsort(), (1, 0))
+    x, y, _ = log[tokens].unflatten(1, (-1, 3)).unbind(-1)
+    ratio = (x - y) % (lab.p - 1)                                                    # (B, k + 1)
+    return ratio[:, -1], (ratio[:, :-1] - ratio[:, -1:]) % (lab.p - 1)
 
 def excess_attention(lab):
-    """By how much the attention from a query at place s to an example at t exceeds the mean over t:
-    (heads, s, t), 0 where it is less."""
-    p, tokens = lab.p, off_line(lab, min(8, lab.k - 1, lab.p - 2), 64 * SEQUENCES)
-    s, t = places(lab, tokens)
-    at = (s * p + t).flatten()                                             # s and t as one index
+    """From a query of each log(x/y) to an example at offset 1, 2, ..., by how much the mean
+    attention exceeds its own mean over offsets: (heads, p - 1, p - 2), 0 where it is less."""
+    m, tokens = lab.p - 1, off_line(lab, min(8, lab.k - 1, lab.p - 2), 64 * SEQUENCES)
+    query, offsets = logs_of(lab, tokens)
+    at = (query[:, None] * m + offsets).flatten()                # both as one index, (B k,)
     weights = attention_to_examples(lab, tokens).transpose(0, 1).flatten(1)          # (heads, B k)
-    sums, counts = torch.zeros(len(weights), p * p).index_add(1, at, weights), at.bincount(
-        minlength=p * p)
-    mean = (sums / counts.clamp(min=1)).unflatten(1, (p, p))                         # (heads, s, t)
-    seen = (counts > 0).view(p, p)
-    even = mean.sum(-1, keepdim=True) / seen.sum(-1, keepdim=True).clamp(min=1)
-    return ((mean - even) * seen).clamp(min=0)
+    sums = torch.zeros(len(weights), m * m).index_add(1, at, weights)
+    mean = sums / at.bincount(minlength=m * m).clamp(min=1)
+    mean = mean.unflatten(1, (m, m))[:, :, 1:]                                  # (heads, m, m - 1)
+    return (mean - mean.mean(-1, keepdim=True)).clamp(min=0)
 
-def alike(excess, chi):
-    """How alike chi(s - t) is for two examples t that a head looks at from one s: the mean of the
-    angle's cosine, weighted by the product of excess (heads, s, t); of chi (p, M): (M,)."""
-    residues = torch.arange(len(chi))
-    values = chi[(residues[:, None] - residues) % len(chi)]                          # (s, t, M)
-    sums = torch.einsum("hst,stm->hsm", excess + 0j, values).abs().square()
-    itself = excess.square().sum(-1)                             # each example with itself
-    return (sums - itself[..., None]).sum((0, 1)) / (excess.sum(-1).square() - itself).sum()
+def alike(excess, values):
+    """How alike values (..., n) of n offsets, complex of length 1, are for two that a head looks at
+    from one query: the mean cosine of their angle, a pair's weight being the product of its excess
+    (heads, queries, n): (...). |sum of e v|^2 is the sum over all pairs, each with itself, too."""
+    sums = torch.einsum("hqn,...n->...hq", excess + 0j, values).abs().square()
+    itself = excess.square().sum(-1)
+    return (sums - itself).sum((-2, -1)) / (excess.sum(-1).square() - itself).sum()
 
 def averaged_in_classes(lab, tokens, classes):
     """The answers (B,) to the last queries if each head divides what it gives to the examples of
@@ -750,20 +749,24 @@ def averaged_in_classes(lab, tokens, classes):
     return run_with(changes, lambda: answers(lab, tokens))[:, -1]
 
 def measure_sorting(lab):
-    """"alike" (M,) of each character; "alike null": what 95% of random orders of the residues stay
-    below, the best character of each; "averaged": accuracy with attention "as it is", and averaged
-    in the "classes" of the best character, and in those of a "random order"."""
-    p, excess = lab.p, excess_attention(lab)
-    true, *null = (alike(excess, characters(o)) for o in orders(p, NULLS)[:, 0])
-    tokens = off_line(lab, min(12, lab.k - 1, p - 2), 8 * SEQUENCES)
-    (s, t), m = places(lab, tokens), true.argmax() + 1
-    said = {"as it is": answers(lab, tokens)[:, -1]}
-    for name, order in zip(("classes", "random order"), orders(p, 1)[:, 0]):
-        log = F.pad(order.argsort(), (1, 0))
-        said[name] = averaged_in_classes(lab, tokens, log[(s - t) % p] * m % (p - 1))
-    return {"alike": true, "alike null": torch.stack(null).amax(1).quantile(0.95).item(),
-            "averaged": {name: (z == tokens[:, -1]).float().mean().item()
-                         for name, z in said.items()}}
+    """"alike" (M,) of each character; "alike null": what the best one stays below in 95% of random
+    orders of the offsets; "averaged": accuracy with attention "as it is", and averaged in the best
+    one's "classes", if they are not of one offset each, and in those of ten "random orders"."""
+    m, excess, powers = lab.p - 1, excess_attention(lab), g.powers(lab.p)
+    of_offset = (1 - powers[1:]) % lab.p                         # 1 - g^o for o = 1, 2, ...
+    chi = characters(powers)[of_offset].T                                            # (M, p - 2)
+    draw = torch.rand(NULLS, m - 1, generator=torch.Generator().manual_seed(SEED)).argsort(-1)
+    true, null = alike(excess, chi), alike(excess, chi[:, draw])                 # (M,), (M, NULLS)
+    tokens, best = off_line(lab, min(12, lab.k - 1, m - 1), 8 * SEQUENCES), true.argmax() + 1
+    right = {"as it is": answers(lab, tokens)[:, -1] == tokens[:, -1]}
+    if math.gcd(best, m) > 1:
+        classes = F.pad(powers.argsort(), (1, 0))[of_offset] * best % m              # of offsets
+        at = logs_of(lab, tokens)[1] - 1
+        said = [averaged_in_classes(lab, tokens, c[at]) for c in (classes, *classes[draw[:10]])]
+        right["classes"] = said[0] == tokens[:, -1]
+        right["random orders"] = torch.stack(said[1:]) == tokens[:, -1]
+    return {"alike": true, "alike null": null.amax(0).quantile(0.95).item(),
+            "averaged": {name: hits.float().mean().item() for name, hits in right.items()}}
 
 def measure_labels(lab):
     """How often right answers stay if the z of one of four examples is changed, by whether the a,
@@ -843,11 +846,11 @@ def show_votes(lab, found):
           {f"m = {m}, order {n // math.gcd(m, n)}": dict(zip(("weight", "alike"), column))
            for m, column in enumerate(columns, 1)},
           f"the largest weight is {100 * found['share']:.0f}% of the positive ones; alike: 1 if all "
-          "examples\nthat a head looks at from one query are of one class; null of the largest "
+          "examples\nthat a head looks at from one query are of one class; null of the largest: "
           f"{found['alike null']:.2f}", scale=1, digits=2)
     table("Accuracy with each head's attention averaged over the examples of one class, in %",
           {f"m = {found['alike'].argmax() + 1}": found["averaged"]}, "unharmed: of where an example "
-          "is it uses the class alone; random order: other classes")
+          "is the model uses the class alone;\nrandom orders: ten other choices of classes")
     table("Right answers that stay if the z of one of four examples is changed, in %",
           found["labels"], "by whether the a, or b, that it implies keeps its class")
     table("A block's parts at the query's y from another run on the same x/y, in %",
