@@ -889,13 +889,15 @@ def open_lab(path):
     """What every part needs: a model, its config, its split."""
     file = os.path.join(path, "best.pt") if os.path.isdir(path) else path
     checkpoint, cfg, model = g.load_checkpoint(file)
-    nonzero = bool((checkpoint["split"]["test_ood"] > 0).all(1).any())
+    with g.refusing(f"{file}: has no split, so that it isn't of grok_icl.py"):
+        split = checkpoint["split"]
+        nonzero = bool((split["test_ood"] > 0).all(1).any())
     possible = {"votes": cfg.p > 5 and cfg.examples > 4 and nonzero,
                 "circuit": cfg.p > 3 and cfg.examples > 2 and nonzero and cfg.depth == 2}
     return SimpleNamespace(
         model=model, cfg=cfg, p=cfg.p, k=cfg.examples, observed=None,
         heads=[f"{i}.{h}" for i in range(cfg.depth) for h in range(cfg.heads)],
-        parts=[part for part in SECTIONS if possible.get(part, True)], split=checkpoint["split"])
+        parts=[part for part in SECTIONS if possible.get(part, True)], split=split)
 
 def save(out, found):
     """{part: {name: value}} to out/analysis.json, the tensors among them to out/analysis.npz."""
@@ -950,8 +952,8 @@ def main(argv=None):
                                if part != "votes" or lab.cfg.depth > 2]   # two don't combine
         for part in parts:
             if part not in lab.parts:
-                raise g.BadInput(f"{part}: not of {', '.join(lab.parts)} (votes: five examples, p "
-                                 "above 5; circuit: two blocks)")
+                raise g.BadInput(f"{part}: this model has {', '.join(lab.parts)} (votes: five "
+                                 "examples, p above 5; circuit: two blocks)")
         out = args.out or (args.path if os.path.isdir(args.path) else
                            os.path.splitext(args.path)[0])
         with g.refusing(f"--out {out}: can't be written"):

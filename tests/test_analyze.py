@@ -830,14 +830,16 @@ def test_a_folder_that_cannot_be_written_is_refused_before_measuring(tiny_run, m
     (["nowhere"], "nowhere"), (["RUN", "nonsense"], "nonsense"),
     (["x.pt"], "x.pt: no such file"),
     ([], "RUN"), (["TEXT"], "text.pt"), (["RUN", "--bass", "3"], "--bass"),
-    (["RUN", "--out", "TEXT/x"], "text.pt")])
+    (["RUN", "--out", "TEXT/x"], "text.pt"), (["BARE"], "bare.pt: has no split")])
 def test_bad_input_is_refused_in_one_line(argv, word, tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "text.pt"
     text.write_text("not a checkpoint")
+    checkpoint, bare = g.load_checkpoint(ROOT / "assets" / "quick.pt")[0], tmp_path / "bare.pt"
+    torch.save({name: checkpoint[name] for name in ("config", "model")}, bare)
     before = sorted(tiny_run.iterdir())
     assert a.main([w.replace("RUN", str(tiny_run)).replace("TEXT", str(text)).replace(
-        "ASSET", str(ROOT / "assets" / "quick.pt")) for w in argv]) == 2
+        "BARE", str(bare)) for w in argv]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and word in err and sorted(tiny_run.iterdir()) == before
 
