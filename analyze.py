@@ -832,7 +832,7 @@ def show_votes(lab, found):
     heads = [f"head {head}: {offsets}" for head, offsets in found["heads"].items()]
     table("Pairs of offsets that are solved, by who fetches the two", found["fetched"],
           "solved: right in over half after these two alone; expected: if it did not matter who\n"
-          "fetches; fetch: over a tenth of a head's attention, and twice its mean over offsets but 0"
+          "fetches; fetch: over a tenth of a head's attention, twice its mean over offsets but 0"
           f"\n{found['solved']} pairs are solved; "
           f"{'; '.join(heads) or 'no head fetches'}; best: {', '.join(pairs)}")
     table("Accuracy by shots, in %: the model, and its answer to the surest pair of them alone",
@@ -845,12 +845,12 @@ def show_votes(lab, found):
     table("Characters: their weights in the logits, and whether heads sort examples by them",
           {f"m = {m}, order {n // math.gcd(m, n)}": dict(zip(("weight", "alike"), column))
            for m, column in enumerate(columns, 1)},
-          f"the largest weight is {100 * found['share']:.0f}% of the positive ones; alike: 1 if all "
-          "examples\nthat a head looks at from one query are of one class; null of the largest: "
+          f"the largest weight is {100 * found['share']:.0f}% of the positive ones; alike: 1 if "
+          "all\nexamples that a head looks at from one query are of one class; null of the largest: "
           f"{found['alike null']:.2f}", scale=1, digits=2)
     table("Accuracy with each head's attention averaged over the examples of one class, in %",
-          {f"m = {found['alike'].argmax() + 1}": found["averaged"]}, "unharmed: of where an example "
-          "is the model uses the class alone;\nrandom orders: ten other choices of classes")
+          {f"m = {found['alike'].argmax() + 1}": found["averaged"]}, "unharmed: of where an "
+          "example is the model uses the class alone;\nrandom orders: ten other choices of classes")
     table("Right answers that stay if the z of one of four examples is changed, in %",
           found["labels"], "by whether the a, or b, that it implies keeps its class")
     table("A block's parts at the query's y from another run on the same x/y, in %",

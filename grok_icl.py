@@ -365,8 +365,8 @@ def batch_shape(lesson, cfg):
     return lesson.more * cfg.batch * (cfg.examples // k), k
 
 def allowed_lines(lesson, n, k, input_lines, p, rng):
-    """Which lines each example of n sequences may lie on: weights (n, k, p + 1), 1 or 0 (almost, see
-    below); (n, 1, p + 1) if they are the same for all k examples of a sequence."""
+    """Which lines each example of n sequences may lie on: weights (n, k, p + 1), 1 or (almost) 0;
+    (n, 1, p + 1) if they are the same for all k examples of a sequence."""
     if lesson.order == "any":
         if lesson.lines > p:
             return torch.ones(n, 1, p + 1, device=input_lines.device)
