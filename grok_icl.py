@@ -14,7 +14,7 @@ trained on from the examples in front of it: in-context learning, out of distrib
 
     python grok_icl.py --preset quick            p = 13, 46 seconds on two CPU cores
     python grok_icl.py --depth 2 --tasks 512     the paper's p = 29, 2.1 minutes on two CPU cores
-    python grok_icl.py --preset regression-small combines examples at p = 17: 10 minutes on a Xeon
+    python grok_icl.py --preset regression-small combines examples at p = 17: 5 minutes on a Xeon
     python grok_icl.py --preset paper            as published; wants a GPU
 """
 import argparse
