@@ -559,9 +559,10 @@ def show_circuit(lab, found):
 #           for some pairs of examples, by their *offsets*: their log(x/y) less the query's? Or
 #           does it add up what all examples say of one *character* of a, its log mod d?
 # Method:   ask after two examples alone; regress the logits on how far the examples agree; change
-#           one example; exchange heads. Inputs are off the axes, except in measure_zeros.
+#           one example, or where heads look; exchange heads. Inputs are off the axes, except in measure_zeros.
 # If by pairs: the surest pair of the examples, alone, is right nearly as often as the model.
-# If by all: no pair is right in over half, and one character has over half of all weights.
+# If by all: no pair is right in over half, one character has over half of all weights, and
+#           averaging each head's attention over the examples of one class changes nothing.
 def at_offsets(lab, offsets, run=0):
     """Sequences of o.o.d. tasks, a query last: offsets (n, shots) -> tokens (n, 3 shots + 3). In
     another run each x/y is the same, but tasks are others, and so are the inputs' multipliers."""
