@@ -559,7 +559,8 @@ def show_circuit(lab, found):
 #           for some pairs of examples, by their *offsets*: their log(x/y) less the query's? Or
 #           does it add up what all examples say of one *character* of a, its log mod d?
 # Method:   ask after two examples alone; regress the logits on how far the examples agree; change
-#           one example, or where heads look; exchange heads. Inputs are off the axes, except in measure_zeros.
+#           one example, or where heads look; exchange heads. Inputs are off the axes, except in
+#           measure_zeros.
 # If by pairs: the surest pair of the examples, alone, is right nearly as often as the model.
 # If by all: no pair is right in over half, one character has over half of all weights, and
 #           averaging each head's attention over the examples of one class changes nothing.
@@ -847,7 +848,7 @@ def show_votes(lab, found):
           {f"m = {m}, order {n // math.gcd(m, n)}": dict(zip(("weight", "alike"), column))
            for m, column in enumerate(columns, 1)},
           f"the largest weight is {100 * found['share']:.0f}% of the positive ones; alike: 1 if "
-          "all\nexamples that a head looks at from one query are of one class; null of the largest: "
+          "all\nexamples that a head looks at from one query are of one class; null of the largest "
           f"{found['alike null']:.2f}", scale=1, digits=2)
     table("Accuracy with each head's attention averaged over the examples of one class, in %",
           {f"m = {found['alike'].argmax() + 1}": found["averaged"]}, "unharmed: of where an "
