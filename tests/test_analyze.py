@@ -848,6 +848,15 @@ def test_bad_input_is_refused_in_one_line(argv, word, tiny_run, tmp_path, capsys
     assert err.count("\n") == 1 and word in err and sorted(tiny_run.iterdir()) == before
 
 
+def test_the_model_of_classes_uses_nothing_else_of_where_an_example_is():
+    """The first row of regression.md's table of what heads sort by."""
+    found = a.measure_sorting(a.open_lab(str(ROOT / "assets" / "classes.pt")))
+    assert found["alike"].argmax() == 2                          # of order 4
+    assert found["alike"][2].item() == pytest.approx(0.99, abs=0.02) and found["alike null"] < 0.7
+    usual, classes, random = found["averaged"].values()
+    assert usual > 0.98 < classes and random < 0.6
+
+
 def checkpoints():
     folder = ROOT / "assets"
     return [pytest.param(row, id=row["file"]) for row in
