@@ -762,7 +762,8 @@ def measure_sorting(lab):
     tokens, best = off_line(lab, min(12, lab.k - 1, m - 1), 8 * SEQUENCES), true.argmax() + 1
     right = {"as it is": answers(lab, tokens)[:, -1] == tokens[:, -1]}
     if math.gcd(best, m) > 1:
-        classes = F.pad(powers.argsort(), (1, 0))[of_offset] * best % m              # of offsets
+        # the angle of each chi(1 - g^o), as a whole number: offsets of one class have the same
+        classes = F.pad(powers.argsort(), (1, 0))[of_offset] * best % m              # (p - 2,)
         at = logs_of(lab, tokens)[1] - 1
         said = [averaged_in_classes(lab, tokens, c[at]) for c in (classes, *classes[draw[:10]])]
         right["classes"] = said[0] == tokens[:, -1]
